@@ -1,0 +1,71 @@
+# make run    the exporter, from this checkout:  make run ARGS="--web.listen-address=:9000"
+# make test   the tests; ARGS goes to pytest:    make test ARGS="tests/test_config.py -k env"
+# make lint   ruff, mypy, import-linter, and whether the generated docs are up to date
+# make bench  the benchmarks
+# make docs   write the generated docs
+# make clean  remove what the above made
+#
+# Needs Python 3.11 or newer with its venv module; everything else goes into .venv, from the index that pip is
+# configured with.
+#
+# The package in .venv is always a built wheel, never an editable install: tests and `make run` see what a user
+# would install, and a file missing from the wheel fails here first. Rebuilding after an edit takes about a
+# second and no network, as the build backend stays in .venv.
+
+PYTHON ?= python3
+VENV := .venv
+PY := $(VENV)/bin/python
+SOURCES := $(shell find src -name '*.py' -o -name py.typed)
+MIN_PYTHON := 3.11
+
+markdown_of = $(PY) -c 'from coding_agent_exporter import $(1) as m; print(m.markdown(), end="")'
+outdated = { echo 'the generated docs are out of date: make docs' >&2; exit 1; }
+
+.PHONY: run test lint bench docs clean
+.DELETE_ON_ERROR:
+
+run: $(VENV)/.package
+	@exec $(VENV)/bin/coding-agent-exporter $(ARGS)
+
+test: $(VENV)/.package $(VENV)/.dev
+	$(PY) -m pytest $(ARGS)
+
+lint: $(VENV)/.package $(VENV)/.dev
+	$(VENV)/bin/ruff check src tests
+	$(VENV)/bin/mypy
+	$(VENV)/bin/lint-imports
+	@$(call markdown_of,config) | diff -u docs/configuration.md - || $(outdated)
+	@$(call markdown_of,families) | diff -u docs/metrics.md - || $(outdated)
+
+bench: $(VENV)/.package $(VENV)/.dev
+	@set -e; for bench in tests/bench_*.py; do echo "$$bench"; $(PY) "$$bench" $(ARGS); done
+
+docs: $(VENV)/.package
+	$(call markdown_of,config) > docs/configuration.md
+	$(call markdown_of,families) > docs/metrics.md
+
+clean:
+	rm -rf $(VENV) dist build .mypy_cache .ruff_cache .pytest_cache .hypothesis .import_linter_cache
+	find src tests -name __pycache__ -type d -prune -exec rm -rf {} +
+
+# Dependencies come in when pyproject.toml changes, and only then. pip knows --group since 25.1.
+$(VENV)/.made: pyproject.toml
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < tuple(map(int, "$(MIN_PYTHON)".split("."))))' || \
+	    { echo "Python $(MIN_PYTHON) or newer is needed; name one with: make PYTHON=python3.12" >&2; exit 1; }
+	@$(PYTHON) -c 'import ensurepip, venv' || \
+	    { echo "$(PYTHON) lacks its venv module (on Debian and Ubuntu: apt-get install python3-venv)" >&2; exit 1; }
+	rm -rf $(VENV)
+	$(PYTHON) -m venv $(VENV)
+	$(PY) -m pip install --quiet --upgrade 'pip>=25.1'
+	$(PY) -m pip install --quiet --group build
+	$(PY) -m pip install --quiet --no-build-isolation .
+	touch $@
+
+# --no-build-isolation: with the backend at hand a rebuild neither downloads nor waits.
+$(VENV)/.package: $(VENV)/.made $(SOURCES) README.md LICENSE
+	$(PY) -m pip install --quiet --no-build-isolation --no-deps --force-reinstall .
+	touch $@
+
+$(VENV)/.dev: $(VENV)/.made
+	$(PY) -m pip install --quiet --group dev
+	touch $@
