@@ -1,0 +1,1 @@
+"""One module per dialect: takes bytes, gives what they say, or why they were thrown away."""

@@ -1,0 +1,223 @@
+"""Takes readings of running totals, gives their rises to the book.
+
+Codex: one total per session. Claude Code and every harness this program does not know: one total per process, which
+runs on across sessions and starts over, or is restored, in the next process.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+import msgspec
+
+from coding_agent_exporter.ledger.book import (
+    CACHE_CREATION,
+    CACHE_READ,
+    ESTIMATED,
+    INPUT,
+    OUTPUT,
+    REPORTED,
+    SESSIONS,
+    UNPRICED,
+    Book,
+)
+from coding_agent_exporter.model import PICO, SourceFile, UsageEvent
+
+if TYPE_CHECKING:
+    from datetime import datetime
+
+    from coding_agent_exporter.ledger.book import Estimate
+
+MAX_READINGS = 4096
+MAX_RECENT = 4096
+
+
+class Codex(msgspec.Struct, array_like=True, tag=2):
+    """A session's freshest reading, and what each label set has been given of it.
+
+    `parts`: label set number -> [reported, estimated, unpriced, input, output, cache_read, cache_creation].
+    """
+
+    counted: bool = False
+    last: int = -1
+    mode: str = ""
+    cost: int = 0
+    tokens: tuple[int, int, int, int] = (0, 0, 0, 0)
+    parts: dict[int, list[int]] = {}
+
+    def size(self) -> int:
+        return 1 + len(self.parts)
+
+
+class Process(msgspec.Struct, array_like=True, tag=3):
+    """The readings of one agent's log. Money in pico-USD, times in epoch seconds.
+
+    `parts` is what the process that runs now has spent, by label set number: all of it changes its cost mode when
+    the process turns out to be a subscription. `readings`: the totals seen, most recent last. `recent`: the ids of
+    the events of the latest second, to tell a replay from news.
+    """
+
+    reading: int = 0
+    mode: str = ""
+    limited: bool = False
+    last: int = 0
+    parts: dict[int, int] = {}
+    readings: dict[int, None] = {}
+    recent: list[str] = []
+
+    def size(self) -> int:
+        return 1 + (len(self.readings) + len(self.parts)) // 4
+
+
+class CodexRules:
+    """A session is its freshest reading; a rise belongs to the model named by the event that brings it."""
+
+    def __init__(self, book: Book, estimate: Estimate) -> None:
+        self._book = book
+        self._estimate = estimate
+
+    def apply(self, session: Codex, file: SourceFile, event: UsageEvent, agent: str) -> bool:
+        """Count one reading. Returns whether the account changed."""
+        second = int(event.timestamp.timestamp())
+        if second < session.last:
+            return False
+        mode = event.cost_mode or ("SUBSCRIPTION" if event.rate_limits else session.mode)
+        number = self._number(file, event.model, mode, agent)
+        if mode != session.mode:
+            self._move(session, file, mode, second, agent)
+            session.mode = mode
+        session.last = second
+        if not session.counted:
+            session.counted = True
+            self._book.row(number, second)[SESSIONS] += 1
+        if event.tokens is None and (event.cost is None or event.cost.total_cost_usd is None):
+            return True
+        counts = event.tokens
+        tokens = session.tokens if counts is None else (
+            counts.input or 0, counts.output or 0, counts.cache_read or 0, counts.cache_creation or 0
+        )
+        rises = tuple(now - before for now, before in zip(tokens, session.tokens, strict=True))
+        row = self._book.row(number, second)
+        part = session.parts.setdefault(number, [0] * 7)
+        for place, (slot, rise) in enumerate(zip((INPUT, OUTPUT, CACHE_READ, CACHE_CREATION), rises, strict=True)):
+            row[slot] += rise
+            part[3 + place] += rise
+        session.tokens = tokens
+        if event.cost is not None and event.cost.total_cost_usd is not None:
+            cost = round(event.cost.total_cost_usd * PICO)
+            row[REPORTED] += cost - session.cost
+            part[0] += cost - session.cost
+            session.cost = cost
+        elif any(rises):
+            self._price(row, part, number, rises, event.timestamp)
+        return True
+
+    def _price(self, row: list[int], part: list[int], number: int, rises: tuple[int, ...], at: datetime) -> None:
+        labels = self._book.keys[number]
+        # A reading may be corrected downwards: a price is asked for counts only, never for less than nothing.
+        sign = 1 if sum(rises) >= 0 else -1
+        counts = tuple(max(0, sign * rise) for rise in rises)
+        estimated = self._estimate(labels[2], labels[3], (counts[0], counts[1], counts[2], counts[3]), at)
+        if estimated is None:
+            row[UNPRICED] += sum(rises)
+            part[2] += sum(rises)
+        else:
+            row[ESTIMATED] += sign * estimated
+            part[1] += sign * estimated
+
+    def _number(self, file: SourceFile, model: str | None, mode: str, agent: str) -> int:
+        label = "subscription" if mode == "SUBSCRIPTION" else "api_key"
+        return self._book.number(file.root, file.source, model, label, agent)
+
+    def _move(self, session: Codex, file: SourceFile, mode: str, second: int, agent: str) -> None:
+        moved: dict[int, list[int]] = {}
+        for number, part in session.parts.items():
+            labels = self._book.keys[number]
+            other = self._number(file, f"{labels[2]}/{labels[3]}", mode, agent)
+            total = moved.setdefault(other, [0] * 7)
+            for sign, row in ((-1, self._book.row(number, second)), (1, self._book.row(other, second))):
+                for slot, amount in zip(
+                    (REPORTED, ESTIMATED, UNPRICED, INPUT, OUTPUT, CACHE_READ, CACHE_CREATION), part, strict=True
+                ):
+                    row[slot] += sign * amount
+            for place, amount in enumerate(part):
+                total[place] += amount
+        session.parts = moved
+
+
+class ProcessRules:
+    """New spend is the rise over the reading before; a lower reading begins a new process."""
+
+    def __init__(self, book: Book) -> None:
+        self._book = book
+
+    def apply(
+        self, process: Process, file: SourceFile, events: list[UsageEvent], agent: str, *, replay: bool
+    ) -> tuple[bool, int, list[tuple[str, int, int]]]:
+        """Count readings in the order of the log.
+
+        Returns whether the file still replays what is known, how many events were skipped for that, and the
+        sessions that were seen, each with its label set number and epoch second.
+        """
+        skipped = 0
+        sessions: dict[str, tuple[int, int]] = {}
+        for event in events:
+            second = int(event.timestamp.timestamp())
+            if replay:
+                if second < process.last or (second == process.last and (event.event_id or "") in process.recent):
+                    skipped += 1
+                    continue
+                replay = False
+            if second > process.last:
+                process.last = second
+                process.recent = []
+            if second == process.last and event.event_id and len(process.recent) < MAX_RECENT:
+                process.recent.append(event.event_id)
+            if event.cost is not None and event.cost.total_cost_usd is not None:
+                self._read(process, file, event, round(event.cost.total_cost_usd * PICO), second, agent)
+            else:
+                self._set_mode(process, file, event, second, agent)
+            if event.session_id not in sessions:
+                sessions[event.session_id] = (self._number(file, event.model, process, agent), second)
+        return replay, skipped, [(name, number, second) for name, (number, second) in sessions.items()]
+
+    def _read(
+        self, process: Process, file: SourceFile, event: UsageEvent, reading: int, second: int, agent: str
+    ) -> None:
+        rise = reading - process.reading
+        if rise < 0:
+            # The next process. It starts from nothing, or from a total that the harness restored: that one was
+            # shown here before, and was spent then.
+            process.parts, process.mode, process.limited = {}, "", False
+            rise = 0 if reading in process.readings else reading
+        process.reading = reading
+        process.readings.pop(reading, None)
+        process.readings[reading] = None
+        if len(process.readings) > MAX_READINGS:
+            del process.readings[next(iter(process.readings))]
+        self._set_mode(process, file, event, second, agent)
+        number = self._number(file, event.model, process, agent)
+        self._book.row(number, second)[REPORTED] += rise
+        process.parts[number] = process.parts.get(number, 0) + rise
+
+    def _set_mode(self, process: Process, file: SourceFile, event: UsageEvent, second: int, agent: str) -> None:
+        """A hint, or rate limits, in any event make the whole process what they say."""
+        before = _mode(process)
+        process.mode = event.cost_mode or process.mode
+        process.limited = process.limited or bool(event.rate_limits)
+        if _mode(process) == before:
+            return
+        parts, process.parts = process.parts, {}
+        for number, amount in parts.items():
+            labels = self._book.keys[number]
+            other = self._number(file, f"{labels[2]}/{labels[3]}", process, agent)
+            self._book.row(number, second)[REPORTED] -= amount
+            self._book.row(other, second)[REPORTED] += amount
+            process.parts[other] = process.parts.get(other, 0) + amount
+
+    def _number(self, file: SourceFile, model: str | None, process: Process, agent: str) -> int:
+        return self._book.number(file.root, file.source, model, _mode(process), agent)
+
+
+def _mode(process: Process) -> str:
+    return "subscription" if process.mode == "SUBSCRIPTION" or (process.limited and not process.mode) else "api_key"

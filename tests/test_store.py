@@ -1,0 +1,172 @@
+"""The state file: what it keeps, and that it is refused where it cannot be trusted."""
+
+from __future__ import annotations
+
+import sqlite3
+from pathlib import Path
+
+import pytest
+
+from coding_agent_exporter.counters import HIDDEN, OPEN, Series
+from coding_agent_exporter.ledger import Changes, Saved
+from coding_agent_exporter.model import CounterKey, Cursor, FileRow, RateLimit
+from coding_agent_exporter.store import Batch, Store, StoreError
+
+KEY: CounterKey = ("coding_agent_messages_total", ("r", "s", "p", 'a "quoted"\nmodel', "api_key"))
+
+
+def batch() -> Batch:
+    changes = Changes(
+        accounts={"opencode:1": Saved(b"blob", "agent/opencode", 1000, settled=False)},
+        labels=[(0, KEY[1])],
+        rate_limits={("r", "claude", "five_hour"): RateLimit(45.5, 2000.0, 18000.0, 1000.0)},
+    )
+    cursor = Cursor(1, 2, 3, b"digest", 4, skipping=True)
+    row = FileRow("sessions", "log", "/a/b", cursor, "omp", "uuid", 5, "parent", replay=True, seen=7)
+    return Batch(changes, [(KEY, Series(2**70, 2**71, -3, OPEN))], [row], [], {"baseline": b"{}"})
+
+
+def test_everything_that_was_committed_is_there_after_a_restart(tmp_path: Path) -> None:
+    """Integers beyond 64 bits, odd label values and all parts of a cursor included."""
+    store = Store(tmp_path / "deep" / "state.db")
+    stored = batch()
+    store.commit(stored)
+    store.close()
+    store = Store(tmp_path / "deep" / "state.db")
+    assert dict(store.counters()) == {KEY: Series(2**70, 2**71, -3, OPEN, number=1)}
+    assert store.labels() == [KEY[1]]
+    assert store.account("opencode:1") == b"blob"
+    assert list(store.accounts("agent/opencode")) == [("opencode:1", b"blob")]
+    assert store.quiet(1001, 10) == ["opencode:1"]
+    assert store.quiet(1000, 10) == []
+    assert store.rate_limits() == stored.changes.rate_limits
+    assert store.meta("baseline") == b"{}"
+    (row,) = store.files()
+    (wanted,) = stored.files
+    assert row.number == 1
+    assert (row.path, row.cursor, row.source, row.session, row.created, row.parent, row.replay, row.seen) == (
+        wanted.path, wanted.cursor, wanted.source, wanted.session, wanted.created, wanted.parent, True, 7)
+    store.close()
+
+
+def test_a_series_at_its_first_value_is_stored_as_never_scraped(tmp_path: Path) -> None:
+    """After a crash it shows its first value once more, which is no step back."""
+    store = Store(tmp_path / "state.db")
+    store.commit(Batch(Changes(), [(KEY, Series(5, 5, 0, 1))]))
+    assert dict(store.counters())[KEY].state == HIDDEN
+    store.close()
+
+
+def test_a_second_commit_changes_the_same_rows(tmp_path: Path) -> None:
+    """A series or a file is one row, however often it is stored."""
+    store = Store(tmp_path / "state.db")
+    stored = batch()
+    store.commit(stored)
+    stored.counters[0][1].exact = 1
+    stored.files[0].path = "/moved"
+    store.commit(stored)
+    assert [series.exact for _, series in store.counters()] == [1]
+    assert [row.path for row in store.files()] == ["/moved"]
+    store.commit(Batch(Changes(), forgotten=stored.files))
+    assert store.files() == []
+    store.close()
+
+
+def test_a_settled_account_keeps_the_log_it_belongs_to(tmp_path: Path) -> None:
+    """It is loaded by its key alone; a later fork still finds it by its log."""
+    store = Store(tmp_path / "state.db")
+    store.commit(batch())
+    store.commit(Batch(Changes(accounts={"opencode:1": Saved(b"small", "", 2000, settled=True)})))
+    assert list(store.accounts("agent/opencode")) == [("opencode:1", b"small")]
+    assert store.quiet(5000, 10) == []
+    store.close()
+
+
+def test_a_failed_commit_stores_nothing_of_its_batch(tmp_path: Path) -> None:
+    """A full disk: the size limit of the database stands in for it."""
+    store = Store(tmp_path / "state.db")
+    store.commit(batch())
+    pages = store._db.execute("PRAGMA page_count").fetchone()[0]
+    store._db.execute(f"PRAGMA max_page_count = {pages}")
+    big = batch()
+    big.meta["baseline"] = b"changed"
+    big.changes.accounts["opencode:2"] = Saved(b"x" * 100_000, "", 0, settled=False)
+    with pytest.raises(StoreError, match="full"):
+        store.commit(big)
+    assert store.meta("baseline") == b"{}"
+    assert store.account("opencode:2") is None
+    store._db.execute("PRAGMA max_page_count = 1000000")
+    store.commit(big)
+    assert store.meta("baseline") == b"changed"
+    store.close()
+
+
+def test_a_second_exporter_is_refused(tmp_path: Path) -> None:
+    """Two would count the same dollars twice. The lock goes with the process."""
+    store = Store(tmp_path / "state.db")
+    with pytest.raises(StoreError, match="in use by another exporter"):
+        Store(tmp_path / "state.db")
+    store.close()
+    Store(tmp_path / "state.db").close()
+
+
+def test_a_state_file_from_a_newer_version_is_refused(tmp_path: Path) -> None:
+    """What an older program does not know it cannot keep right."""
+    Store(tmp_path / "state.db").close()
+    with sqlite3.connect(tmp_path / "state.db") as db:
+        db.execute("PRAGMA user_version = 999")
+    db.close()
+    with pytest.raises(StoreError, match="newer version"):
+        Store(tmp_path / "state.db")
+
+
+@pytest.mark.parametrize("damage", ["garbage", "cut off", "overwritten"])
+def test_a_damaged_state_file_is_refused(damage: str, tmp_path: Path) -> None:
+    """Never silent wrong numbers: the message says what to do, and the lock is free again."""
+    path = tmp_path / "state.db"
+    if damage == "garbage":
+        path.write_bytes(b"this is no database" * 100)
+    else:
+        store = Store(path)
+        many = Changes(accounts={f"k{n}": Saved(b"x" * 3000, "log", 0, settled=False) for n in range(100)})
+        store.commit(Batch(many))
+        store.close()
+        content = path.read_bytes()
+        half = len(content) // 2
+        path.write_bytes(content[:half] if damage == "cut off" else content[:half] + b"\xff" * half)
+    with pytest.raises(StoreError, match="damaged"):
+        Store(path)
+    with pytest.raises(StoreError, match="damaged"):
+        Store(path)
+
+
+def test_a_place_that_cannot_be_written_is_named(tmp_path: Path) -> None:
+    """A file where a directory is needed."""
+    (tmp_path / "file").write_text("")
+    with pytest.raises(StoreError, match=r"cannot write the state file .*--state\.path"):
+        Store(tmp_path / "file" / "state.db")
+
+
+FROZEN_V1 = {
+    "meta": ["key TEXT", "value BLOB"],
+    "counters": [
+        "number INTEGER", "family TEXT", "labels TEXT", "exact TEXT", "shown TEXT", "first TEXT", "open INTEGER",
+    ],
+    "labels": ["number INTEGER", "value TEXT"],
+    "accounts": ["key TEXT", "log TEXT", "touched INTEGER", "settled INTEGER", "value BLOB"],
+    "files": [
+        "number INTEGER", "kind TEXT", "log TEXT", "path TEXT", "dev INTEGER", "ino INTEGER", "offset INTEGER",
+        "digest BLOB", "exempt INTEGER", "skipping INTEGER", "source TEXT", "meta TEXT", "seen INTEGER",
+    ],
+}
+
+
+def test_the_stored_format_is_the_one_that_was_released(tmp_path: Path) -> None:
+    """Changing it takes a migration, and a new entry here."""
+    Store(tmp_path / "state.db").close()
+    db = sqlite3.connect(tmp_path / "state.db")
+    tables = [name for (name,) in db.execute("SELECT name FROM sqlite_master WHERE type = 'table'")]
+    found = {name: [f"{row[1]} {row[2]}" for row in db.execute(f"PRAGMA table_info({name})")] for name in tables}
+    version = db.execute("PRAGMA user_version").fetchone()[0]
+    db.close()
+    assert (version, found) == (1, FROZEN_V1)
