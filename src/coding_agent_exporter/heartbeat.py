@@ -1,0 +1,167 @@
+"""Takes one telemetry directory, gives the instance files in it that changed since the last look, decoded.
+
+Files are read whole: they are small, and their writers replace them by renaming. Anybody who may write to
+the directory may put anything there: only regular files of a bounded size are read, and no links followed.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+import stat
+from dataclasses import dataclass, field
+from hashlib import blake2b
+
+from coding_agent_exporter.decode.heartbeat import parse
+from coding_agent_exporter.model import Heartbeat, Rejected, Root
+
+# Not the `<pid>.json.tmp-<pid>` that is about to be renamed.
+_NAME = re.compile(r"[0-9]+\.json", re.ASCII)
+# NONBLOCK: a FIFO of that name must not hang the exporter.
+_OPEN = os.O_RDONLY | os.O_NONBLOCK | os.O_NOFOLLOW | os.O_CLOEXEC
+
+_Stat = tuple[int, int, int]
+
+
+@dataclass(slots=True)
+class Scan:
+    """What one look at the directory found.
+
+    `states` counts the files now present: `ok`, `unreadable` (permission, not regular, too large), `invalid`.
+    `rejected` holds what is newly wrong: a bad file counts once per distinct content, not once per scan.
+    """
+
+    changed: list[tuple[str, Heartbeat]] = field(default_factory=list)
+    present: frozenset[str] = frozenset()
+    states: dict[str, int] = field(default_factory=lambda: {"ok": 0, "unreadable": 0, "invalid": 0})
+    rejected: list[Rejected] = field(default_factory=list)
+
+
+@dataclass(slots=True)
+class _Known:
+    """What is remembered of a file. `version` is None where the next scan shall open it again."""
+
+    version: _Stat | None
+    state: str = "ok"
+    complaint: tuple[str, bytes] | None = None
+    """Reason and content digest of what was last wrong with it."""
+
+
+class InstanceDir:
+    """The instance files of one root. Not thread-safe."""
+
+    def __init__(self, root: Root, max_bytes: int = 1 << 20) -> None:
+        self.root = root
+        self._max_bytes = max_bytes
+        self._known: dict[str, _Known] = {}
+        self._complaint = ""
+
+    def scan(self) -> Scan:
+        """Look once. A file that is unchanged since it was read (inode, mtime, size) is not opened again.
+
+        A missing directory is an empty one. A directory that cannot be listed now keeps the files it had:
+        they have not been seen to go. A file that cannot be opened is tried again on every scan, one that was
+        read and is no good only when it has changed. Rejected reasons: those of `decode.heartbeat.parse`,
+        `too_large`, `not_regular`, `unreadable`, `wrong_pid` (the name says another pid: a copy).
+        """
+        found = Scan()
+        names: set[str] = set()
+        try:
+            with os.scandir(self.root.path) as entries:
+                for entry in entries:
+                    if _NAME.fullmatch(entry.name):
+                        self._look(entry, names, found)
+        except (FileNotFoundError, NotADirectoryError):
+            names.clear()
+            self._complaint = ""
+        except OSError:
+            names.update(self._known)
+            if not self._complaint:
+                found.rejected.append(Rejected("unreadable"))
+            self._complaint = "unreadable"
+        else:
+            self._complaint = ""
+        for name in self._known.keys() - names:
+            del self._known[name]
+        for known in self._known.values():
+            found.states[known.state] += 1
+        found.present = frozenset(names)
+        return found
+
+    def _look(self, entry: os.DirEntry[str], names: set[str], found: Scan) -> None:
+        name = entry.name
+        try:
+            status = entry.stat(follow_symlinks=False)
+        except FileNotFoundError:
+            return
+        known = self._known.get(name)
+        if known is None or known.version != _version(status):
+            known = known or _Known(None)
+            try:
+                result = self._read(name, entry.path, status, known)
+            except FileNotFoundError:
+                return
+            self._known[name] = known
+            if isinstance(result, Heartbeat):
+                found.changed.append((name, result))
+            elif result is not None:
+                found.rejected.append(result)
+        names.add(name)
+
+    def _read(self, name: str, path: str, status: os.stat_result,
+              known: _Known) -> Heartbeat | Rejected | None:
+        """One file that is new or changed; None when it is as wrong as it was. Raises FileNotFoundError."""
+        known.version = _version(status)
+        if not stat.S_ISREG(status.st_mode):
+            return _complain(known, "unreadable", "not_regular")
+        try:
+            descriptor = os.open(path, _OPEN)
+            try:
+                # The name may have been renamed over since it was listed: what counts is what was opened.
+                status = os.fstat(descriptor)
+                known.version = _version(status)
+                if not stat.S_ISREG(status.st_mode):
+                    return _complain(known, "unreadable", "not_regular")
+                raw = self._read_all(descriptor, status.st_size)
+            finally:
+                os.close(descriptor)
+        except FileNotFoundError:
+            raise
+        except OSError:
+            # Its permissions, or a shortage of descriptors, can change without a trace in version.
+            known.version = None
+            return _complain(known, "unreadable", "unreadable")
+        if raw is None:
+            return _complain(known, "unreadable", "too_large")
+        result = parse(raw)
+        if isinstance(result, Rejected):
+            return _complain(known, "invalid", result.reason, raw)
+        if f"{result.pid}.json" != name:
+            return _complain(known, "invalid", "wrong_pid", raw)
+        known.state = "ok"
+        known.complaint = None
+        return result
+
+    def _read_all(self, descriptor: int, size: int) -> bytes | None:
+        """The whole file, or None when it is longer than allowed."""
+        if size > self._max_bytes:
+            return None
+        chunks: list[bytes] = []
+        left = self._max_bytes + 1
+        while left > 0 and (chunk := os.read(descriptor, min(left, 1 << 16))):
+            chunks.append(chunk)
+            left -= len(chunk)
+        return b"".join(chunks) if left > 0 else None
+
+
+def _version(status: os.stat_result) -> _Stat:
+    return status.st_ino, status.st_mtime_ns, status.st_size
+
+
+def _complain(known: _Known, state: str, reason: str, content: bytes = b"") -> Rejected | None:
+    complaint = (reason, blake2b(content, digest_size=16).digest())
+    known.state = state
+    if known.complaint == complaint:
+        return None
+    known.complaint = complaint
+    return Rejected(reason)
