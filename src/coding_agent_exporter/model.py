@@ -34,7 +34,7 @@ class SourceFile:
     """One append-only file that discovery found below a root.
 
     `log` names the logical log across rotation and moves: `<agent>/<source>` for usage logs (the same for
-    the live log, its rotated parts and the copy under `preserved/`), the resolved path for session files.
+    the live log, its rotated parts and the copy under `preserved/`), the path below the root for session files.
     `source` is the harness (`pi-coding`, `claude`, ...); empty for session files until their first line
     tells. `order` sorts files into the order in which they were written.
     """
@@ -144,7 +144,7 @@ CounterKey = tuple[str, tuple[str, ...]]
 class Delta:
     """What a step adds to one counter series, in the family's integer unit (pico-USD for money).
 
-    `baseline` is the part of `amount` that was spent before this exporter's time (DESIGN 4).
+    `baseline` is the part of `amount` that was spent before this exporter's time (see docs/operating.md).
     """
 
     amount: int = 0
@@ -196,7 +196,7 @@ class Tokens(msgspec.Struct, frozen=True, gc=False):
 
 
 class UsageEvent(msgspec.Struct, frozen=True, gc=False):
-    """One line of a usage log, as it is written (DESIGN 3.2). `timestamp` is aware, in UTC."""
+    """One line of a usage log, as it is written (see docs/inputs.md). `timestamp` is aware, in UTC."""
 
     timestamp: Annotated[datetime, msgspec.Meta(tz=True)]
     session_id: Text
@@ -253,7 +253,7 @@ class FileRow:
 
     `session`, `created` (epoch milliseconds) and `parent` are a session file's header. `replay`: everything read
     of the file so far had been counted from another file of the same log. `seen` is the epoch second at which the
-    file was last on disk, to the hour. `number` is the state file's; 0 until stored.
+    file was last on disk, to the day. `number` is the state file's; 0 until stored.
     """
 
     kind: FileKind
