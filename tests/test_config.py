@@ -69,7 +69,7 @@ class TestDefaults:
             counters_baseline_age=600.0,
             counters_max_series=10000,
             shutdown_linger=0.0,
-            watch_poll_interval=1.0,
+            watch_poll_interval=0.2,
             watch_force_polling=False,
             input_max_line_size=4 * 2**20,
             log_level="info",

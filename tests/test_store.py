@@ -17,8 +17,9 @@ KEY: CounterKey = ("coding_agent_messages_total", ("r", "s", "p", 'a "quoted"\nm
 
 def batch() -> Batch:
     changes = Changes(
-        accounts={"opencode:1": Saved(b"blob", "agent/opencode", 1000, settled=False)},
+        accounts={"opencode:1": Saved(b"blob", 1000, settled=False)},
         labels=[(0, KEY[1])],
+        figures={-5, 2**62},
         rate_limits={("r", "claude", "five_hour"): RateLimit(45.5, 2000.0, 18000.0, 1000.0)},
     )
     cursor = Cursor(1, 2, 3, b"digest", 4, skipping=True)
@@ -36,7 +37,7 @@ def test_everything_that_was_committed_is_there_after_a_restart(tmp_path: Path) 
     assert dict(store.counters()) == {KEY: Series(2**70, 2**71, -3, OPEN, number=1)}
     assert store.labels() == [KEY[1]]
     assert store.account("opencode:1") == b"blob"
-    assert list(store.accounts("agent/opencode")) == [("opencode:1", b"blob")]
+    assert [store.has_figures(digest) for digest in (-5, 2**62, 5)] == [True, True, False]
     assert store.quiet(1001, 10) == ["opencode:1"]
     assert store.quiet(1000, 10) == []
     assert store.rate_limits() == stored.changes.rate_limits
@@ -72,13 +73,22 @@ def test_a_second_commit_changes_the_same_rows(tmp_path: Path) -> None:
     store.close()
 
 
-def test_a_settled_account_keeps_the_log_it_belongs_to(tmp_path: Path) -> None:
-    """It is loaded by its key alone; a later fork still finds it by its log."""
+def test_a_settled_account_is_not_quiet_any_more(tmp_path: Path) -> None:
+    """It is done with once."""
     store = Store(tmp_path / "state.db")
     store.commit(batch())
-    store.commit(Batch(Changes(accounts={"opencode:1": Saved(b"small", "", 2000, settled=True)})))
-    assert list(store.accounts("agent/opencode")) == [("opencode:1", b"small")]
+    store.commit(Batch(Changes(accounts={"opencode:1": Saved(b"small", 2000, settled=True)})))
+    assert store.account("opencode:1") == b"small"
     assert store.quiet(5000, 10) == []
+    store.close()
+
+
+def test_inode_numbers_of_64_bits_survive(tmp_path: Path) -> None:
+    """Some file systems use them all."""
+    store = Store(tmp_path / "state.db")
+    cursor = Cursor(2**64 - 1, 2**63, 5, b"")
+    store.commit(Batch(Changes(), files=[FileRow("usage", "log", "/a", cursor)]))
+    assert [row.cursor for row in store.files()] == [cursor]
     store.close()
 
 
@@ -90,7 +100,7 @@ def test_a_failed_commit_stores_nothing_of_its_batch(tmp_path: Path) -> None:
     store._db.execute(f"PRAGMA max_page_count = {pages}")
     big = batch()
     big.meta["baseline"] = b"changed"
-    big.changes.accounts["opencode:2"] = Saved(b"x" * 100_000, "", 0, settled=False)
+    big.changes.accounts["opencode:2"] = Saved(b"x" * 100_000, 0, settled=False)
     with pytest.raises(StoreError, match="full"):
         store.commit(big)
     assert store.meta("baseline") == b"{}"
@@ -128,7 +138,7 @@ def test_a_damaged_state_file_is_refused(damage: str, tmp_path: Path) -> None:
         path.write_bytes(b"this is no database" * 100)
     else:
         store = Store(path)
-        many = Changes(accounts={f"k{n}": Saved(b"x" * 3000, "log", 0, settled=False) for n in range(100)})
+        many = Changes(accounts={f"k{n}": Saved(b"x" * 3000, 0, settled=False) for n in range(100)})
         store.commit(Batch(many))
         store.close()
         content = path.read_bytes()
@@ -153,7 +163,8 @@ FROZEN_V1 = {
         "number INTEGER", "family TEXT", "labels TEXT", "exact TEXT", "shown TEXT", "first TEXT", "open INTEGER",
     ],
     "labels": ["number INTEGER", "value TEXT"],
-    "accounts": ["key TEXT", "log TEXT", "touched INTEGER", "settled INTEGER", "value BLOB"],
+    "figures": ["digest INTEGER"],
+    "accounts": ["key TEXT", "touched INTEGER", "settled INTEGER", "value BLOB"],
     "files": [
         "number INTEGER", "kind TEXT", "log TEXT", "path TEXT", "dev INTEGER", "ino INTEGER", "offset INTEGER",
         "digest BLOB", "exempt INTEGER", "skipping INTEGER", "source TEXT", "meta TEXT", "seen INTEGER",

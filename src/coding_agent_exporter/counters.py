@@ -26,9 +26,9 @@ HIDDEN, FIRST, OPEN = range(3)
 class Series:
     """One counter series, in the family's integer unit.
 
-    `exact` is what the input says, `shown` the highest that a scrape may have shown, `first` the baseline: what the
-    first scrape shows. `since` is when that first scrape was, on the caller's clock; `number` the row in the state
-    file, 0 until stored.
+    `exact` is what the input says, `shown` what scrapes see and may have seen, `first` the baseline: what is shown
+    until a scrape was delivered. `since` is when that first scrape was, on the caller's clock; `number` the row in
+    the state file, 0 until stored.
     """
 
     exact: int = 0
@@ -87,37 +87,41 @@ class Counters:
             self._unpinned.add(key)
             self._changed.add(key)
 
-    def pin(self, now: float, *, at_once: bool = False) -> bool:
+    def pin(self, now: float, *, at_once: bool = False, hidden: bool = True) -> bool:
         """A scrape is about to see the values as they are now: they must not fall below that any more.
 
         Returns whether any of them differs from what the last pin showed.
 
         Also lets series show their values that were held at their first one for long enough. Commit before showing:
         a crash must not bring back less than what was seen. `at_once` ends the hold (not the first scrape): the
-        exporter is about to stop.
+        exporter is about to stop. Without `hidden`, series that were never scraped stay as they are.
         """
         differs = bool(self._unpinned)
+        left = set()
         for key in self._unpinned:
             series = self._series[key]
-            if series.exact > series.shown:
-                self._note_overshoot(key, series, -1)
-                series.shown = series.exact
-                self._note_overshoot(key, series, 1)
-                self._changed.add(key)
-        self._unpinned.clear()
+            if series.state == HIDDEN and not hidden:
+                left.add(key)
+            else:
+                self._raise(key, series)
+        self._unpinned = left
         for key in list(self._waiting):
             series = self._series[key]
-            if series.state == FIRST and (at_once or now - series.since >= self._hold):
+            # A clock that was set back must not make the hold last until it has caught up.
+            if series.state == FIRST and (at_once or not 0 <= now - series.since < self._hold):
                 series.state = OPEN
                 self._waiting.discard(key)
+                self._raise(key, series)
                 self._changed.add(key)
                 differs = True
         return differs
 
-    def values(self) -> Iterator[tuple[CounterKey, int]]:
-        """What a scrape may see after a `pin`."""
+    def values(self, *, hidden: bool = True) -> Iterator[tuple[CounterKey, int]]:
+        """What a scrape may see after a `pin`. Without `hidden`, only series that were scraped before."""
         for key, series in self._series.items():
-            yield key, series.shown if series.state == OPEN else max(0, min(series.first, series.shown))
+            if series.state == HIDDEN and not hidden:
+                continue
+            yield key, series.shown
 
     def waiting(self) -> list[CounterKey]:
         """The series that do not show their value yet. Give back to `scraped` those that a scrape was shown."""
@@ -141,6 +145,15 @@ class Counters:
         changed = [(key, self._series[key]) for key in self._changed]
         self._changed.clear()
         return changed
+
+    def _raise(self, key: CounterKey, series: Series) -> None:
+        """Let a series show what it may by now, never less than it has shown."""
+        value = series.exact if series.state == OPEN else min(series.first, series.exact)
+        if value > series.shown:
+            self._note_overshoot(key, series, -1)
+            series.shown = value
+            self._note_overshoot(key, series, 1)
+            self._changed.add(key)
 
     def _note_overshoot(self, key: CounterKey, series: Series, sign: int) -> None:
         if key[0] == families.COST.name:

@@ -109,6 +109,10 @@ SERIES_DROPPED = Family("coding_agent_exporter_series_dropped_total", "counter",
 OVERSHOOT = Family("coding_agent_exporter_cost_overshoot_usd", "gauge", (),
                    "Money shown but since corrected downwards by the logs: counters never go down, they wait for new "
                    "spend to catch up.", scale=10**12)
+WEB_ERRORS = Family("coding_agent_exporter_web_errors_total", "counter", (),
+                    "Requests, or connections, that failed through a fault of the exporter.")
+WEB_REFUSED = Family("coding_agent_exporter_web_refused_total", "counter", (),
+                     "Connections turned away because --web.max-connections were busy.")
 WATCH_FALLBACK = Family("coding_agent_exporter_watch_polling", "gauge", (),
                         "1 while file change notification does not work and directories are polled.")
 
@@ -119,6 +123,7 @@ FAMILIES: tuple[Family, ...] = (
     RATE_LIMIT_USED, RATE_LIMIT_RESETS, RATE_LIMIT_WINDOW,
     BUILD_INFO, SCRAPE_SECONDS, STEPS, STEP_SECONDS, SOURCE_FILES, BYTES_READ, LINES_READ, REJECTED, RESTARTED,
     LAG_BYTES, COMMITS, STATE_BYTES, SERIES, SERIES_DROPPED, OVERSHOOT, WATCH_FALLBACK,
+    WEB_ERRORS, WEB_REFUSED,
 )
 BY_NAME: dict[str, Family] = {family.name: family for family in FAMILIES}
 

@@ -220,9 +220,14 @@ class Instances:
         due, self._due = self._due, {}
         return due
 
-    def scraped(self, now: float) -> None:
-        """A scrape has seen `view(now)`: peaks before it need no longer be kept, but for the window."""
-        self._scraped = self._elapse(now)
+    @property
+    def clock(self) -> float:
+        """The latest time that any call was given, on a clock that never goes back."""
+        return self._clock
+
+    def scraped(self, clock: float) -> None:
+        """A scrape has seen the `view` of this `clock`: peaks before it need no longer be kept, but for the window."""
+        self._scraped = max(self._scraped, clock)
 
     def dump(self) -> bytes:
         """What a restarted exporter has to know, as JSON; clears `dirty`."""

@@ -18,13 +18,14 @@ from coding_agent_exporter.counters import HIDDEN, OPEN, Series
 from coding_agent_exporter.model import CounterKey, Cursor, FileRow, RateLimit
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable, Iterator
+    from collections.abc import Iterator
 
     from coding_agent_exporter.ledger.accounts import Changes
 
 # Frozen once released: change a stored format by adding a step, never by editing one.
 _MIGRATIONS: tuple[str, ...] = (
-    # Counters are text: a sum of hostile counts can exceed SQLite's 64 bits.
+    # Counters are text: a sum of hostile counts can exceed SQLite's 64 bits. Accounts have row ids: their values
+    # fill pages, and as part of the key's index they would make it slow and a third larger.
     """
     CREATE TABLE meta (key TEXT PRIMARY KEY, value BLOB NOT NULL) WITHOUT ROWID;
     CREATE TABLE counters (
@@ -33,10 +34,9 @@ _MIGRATIONS: tuple[str, ...] = (
         UNIQUE (family, labels));
     CREATE TABLE labels (number INTEGER PRIMARY KEY, value TEXT NOT NULL);
     CREATE TABLE accounts (
-        key TEXT PRIMARY KEY, log TEXT NOT NULL, touched INTEGER NOT NULL, settled INTEGER NOT NULL,
-        value BLOB NOT NULL) WITHOUT ROWID;
-    CREATE INDEX accounts_by_log ON accounts (log);
+        key TEXT PRIMARY KEY, touched INTEGER NOT NULL, settled INTEGER NOT NULL, value BLOB NOT NULL);
     CREATE INDEX accounts_unsettled ON accounts (touched) WHERE settled = 0;
+    CREATE TABLE figures (digest INTEGER PRIMARY KEY);
     CREATE TABLE files (
         number INTEGER PRIMARY KEY, kind TEXT NOT NULL, log TEXT NOT NULL, path TEXT NOT NULL,
         dev INTEGER NOT NULL, ino INTEGER NOT NULL, offset INTEGER NOT NULL, digest BLOB NOT NULL,
@@ -152,7 +152,7 @@ class Store:
         found = []
         for number, kind, log, path, dev, ino, offset, digest, exempt, skipping, source, meta, seen in rows:
             session, created, parent, replay = json.loads(meta)
-            cursor = Cursor(dev, ino, offset, digest, exempt, bool(skipping))
+            cursor = Cursor(dev & _U64, ino & _U64, offset, digest, exempt, bool(skipping))
             found.append(FileRow(kind, log, path, cursor, source, session, created, parent, replay, seen, number))
         return found
 
@@ -168,8 +168,8 @@ class Store:
         row = self._db.execute("SELECT value FROM accounts WHERE key = ?", (key,)).fetchone()
         return None if row is None else row[0]
 
-    def accounts(self, log: str) -> Iterable[tuple[str, bytes]]:
-        return self._db.execute("SELECT key, value FROM accounts WHERE log = ?", (log,)).fetchall()
+    def has_figures(self, digest: int) -> bool:
+        return self._db.execute("SELECT 1 FROM figures WHERE digest = ?", (digest,)).fetchone() is not None
 
     def quiet(self, before: int, limit: int) -> list[str]:
         rows = self._db.execute(
@@ -220,11 +220,10 @@ class Store:
             [(number, json.dumps(labels)) for number, labels in changes.labels],
         )
         db.executemany(
-            # An account that is settled is loaded by its key alone: its log is on record already.
-            "INSERT INTO accounts VALUES (?, ?, ?, ?, ?) ON CONFLICT (key) DO UPDATE SET touched = excluded.touched, "
-            "settled = excluded.settled, value = excluded.value",
-            [(key, saved.log, saved.touched, saved.settled, saved.blob) for key, saved in changes.accounts.items()],
+            "INSERT OR REPLACE INTO accounts VALUES (?, ?, ?, ?)",
+            [(key, saved.touched, saved.settled, saved.blob) for key, saved in changes.accounts.items()],
         )
+        db.executemany("INSERT OR IGNORE INTO figures VALUES (?)", [(digest,) for digest in changes.figures])
         for (family, labels), series in batch.counters:
             state = OPEN if series.state == OPEN else HIDDEN
             values = (str(series.exact), str(series.shown), str(series.first), state)
@@ -241,12 +240,20 @@ class Store:
             number = row.number or None
             cursor = db.execute(
                 "INSERT OR REPLACE INTO files VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?)",
-                (number, row.kind, row.log, row.path, at.dev, at.ino, at.offset, at.check, at.exempt, at.skipping,
-                 row.source, meta, row.seen),
+                (number, row.kind, row.log, row.path, _signed(at.dev), _signed(at.ino), at.offset, at.check,
+                 at.exempt, at.skipping, row.source, meta, row.seen),
             )
             numbers.append((row, number or cursor.lastrowid or 0))
         db.executemany("DELETE FROM files WHERE number = ?", [(row.number,) for row in batch.forgotten])
         return numbers
+
+
+_U64 = 2**64 - 1
+
+
+def _signed(number: int) -> int:
+    """Device and inode numbers have 64 bits without a sign, SQLite's integers have one."""
+    return number - 2**64 if number >= 2**63 else number
 
 
 def _migrate(db: sqlite3.Connection, path: Path) -> None:

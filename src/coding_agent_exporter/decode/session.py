@@ -12,9 +12,11 @@ from typing import Any
 
 import msgspec
 
+from coding_agent_exporter.decode.lines import MALFORMED, decode_line
 from coding_agent_exporter.model import MAX_COUNT, PICO, SessionCompaction, SessionHeader, SessionMessage, SessionRecord
 
-_MALFORMED = (msgspec.MsgspecError, ValueError, RecursionError)
+MAX_MS = 253_402_300_800_000
+"""The year 10000 in epoch milliseconds: no time lies beyond what a datetime can hold."""
 
 _UUID_AT_END = re.compile(r"(?:^|[_/\\])([^_/\\]+?)(?:\.jsonl)?$")
 
@@ -53,11 +55,11 @@ def decode(data: bytes) -> tuple[list[SessionRecord], Counter[str]]:
                 rejected["not_json"] += 1
             continue
         try:
-            entry = _decoder.decode(line)
+            entry = decode_line(_decoder.decode, line)
         except msgspec.ValidationError:
             rejected["not_object"] += 1
             continue
-        except _MALFORMED:
+        except MALFORMED:
             rejected["not_json"] += 1
             continue
         record = _record(entry, rejected)
@@ -91,7 +93,7 @@ def _record(entry: _Entry, rejected: Counter[str]) -> SessionRecord | None:
         return None
     recorded = _iso_ms(entry.timestamp)
     started = message.timestamp
-    if isinstance(started, bool) or not isinstance(started, int | float) or not 0 < started < MAX_COUNT:
+    if isinstance(started, bool) or not isinstance(started, int | float) or not 0 < started < MAX_MS:
         if recorded is None:
             rejected["bad_timestamp"] += 1
             return None
@@ -118,9 +120,10 @@ def _iso_ms(value: Any) -> int | None:
         parsed = datetime.fromisoformat(value)
         if parsed.tzinfo is None:
             parsed = parsed.replace(tzinfo=UTC)
-        return round(parsed.timestamp() * 1000)
+        ms = round(parsed.timestamp() * 1000)
     except (ValueError, OverflowError):
         return None
+    return ms if 0 < ms < MAX_MS else None
 
 
 def _money(value: Any) -> int | None:

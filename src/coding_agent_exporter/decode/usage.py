@@ -12,13 +12,11 @@ from typing import Any
 
 import msgspec
 
+from coding_agent_exporter.decode.lines import MALFORMED, decode_line
 from coding_agent_exporter.model import MAX_COUNT, Cost, Tokens, UsageEvent
 
 _strict = msgspec.json.Decoder(UsageEvent)
 _loose = msgspec.json.Decoder()
-
-# What msgspec raises on bytes it cannot take: malformed or mistyped JSON, bad UTF-8, nesting past its depth.
-_MALFORMED = (msgspec.MsgspecError, ValueError, RecursionError)
 
 _COUNTS = ("input", "output", "cache_read", "cache_creation")
 
@@ -31,7 +29,7 @@ def decode(data: bytes) -> tuple[list[UsageEvent], Counter[str]]:
     """
     try:
         return _strict.decode_lines(data), Counter()
-    except _MALFORMED:
+    except MALFORMED:
         pass
     events: list[UsageEvent] = []
     rejected: Counter[str] = Counter()
@@ -39,11 +37,9 @@ def decode(data: bytes) -> tuple[list[UsageEvent], Counter[str]]:
         if not line or line.isspace():
             continue
         try:
-            events.append(_strict.decode(line))
-        except _MALFORMED:
-            event = _lenient(line, rejected)
-            if event is not None:
-                events.append(event)
+            events.append(decode_line(_strict.decode, line))
+        except MALFORMED:
+            events += _glued(line) or _lenient(line, rejected)
     return events, rejected
 
 
@@ -52,34 +48,44 @@ def complete(data: bytes) -> bool:
     if not data.rstrip().endswith(b"}"):
         return False
     try:
-        return isinstance(_loose.decode(data), dict)
-    except _MALFORMED:
+        return isinstance(decode_line(_loose.decode, data), dict)
+    except MALFORMED:
         return False
 
 
-def _lenient(line: bytes, rejected: Counter[str]) -> UsageEvent | None:
+def _glued(line: bytes) -> list[UsageEvent]:
+    """The events of a line that holds several: a writer died before its newline, and the next one wrote on."""
+    if b"}{" not in line:
+        return []
     try:
-        raw = _loose.decode(line)
-    except _MALFORMED:
+        return _strict.decode_lines(line)
+    except MALFORMED:
+        return []
+
+
+def _lenient(line: bytes, rejected: Counter[str]) -> list[UsageEvent]:
+    try:
+        raw = decode_line(_loose.decode, line)
+    except MALFORMED:
         rejected["not_json"] += 1
-        return None
+        return []
     if not isinstance(raw, dict):
         rejected["not_object"] += 1
-        return None
+        return []
     if raw.get("type", "cost_snapshot") != "cost_snapshot":
         rejected["other_type"] += 1
-        return None
+        return []
     timestamp = _timestamp(raw.get("timestamp"))
     if timestamp is None:
         rejected["bad_timestamp"] += 1
-        return None
+        return []
     session = raw.get("session_id")
     if not isinstance(session, str) or not session:
         rejected["no_session"] += 1
-        return None
+        return []
     cost, tokens = raw.get("cost"), raw.get("tokens")
     limits = raw.get("rate_limits")
-    return UsageEvent(
+    return [UsageEvent(
         timestamp=timestamp,
         session_id=session,
         event_id=_text(raw.get("event_id")),
@@ -89,7 +95,7 @@ def _lenient(line: bytes, rejected: Counter[str]) -> UsageEvent | None:
         model=_text(raw.get("model")),
         cost_mode=_text(raw.get("cost_mode")),
         rate_limits=limits if isinstance(limits, dict) else None,
-    )
+    )]
 
 
 def _text(value: Any) -> str | None:
@@ -109,7 +115,7 @@ def _timestamp(value: Any) -> datetime | None:
 def _cost(block: Any, rejected: Counter[str]) -> Cost | None:
     try:
         return msgspec.convert(block, Cost)
-    except _MALFORMED:
+    except MALFORMED:
         rejected["bad_cost"] += 1
         return None
 

@@ -7,6 +7,7 @@ them, and shrink to a few bytes once they are settled: their messages can no lon
 
 from __future__ import annotations
 
+import math
 import re
 from collections import Counter, OrderedDict
 from dataclasses import dataclass, field
@@ -14,11 +15,11 @@ from typing import TYPE_CHECKING, Any, Protocol
 
 import msgspec
 
-from coding_agent_exporter import families
 from coding_agent_exporter.ledger import book as slots
-from coding_agent_exporter.ledger.incremental import Record, Session, SessionRules
+from coding_agent_exporter.ledger.incremental import Session, SessionRules
 from coding_agent_exporter.ledger.readings import Codex, CodexRules, Process, ProcessRules
 from coding_agent_exporter.model import (
+    MAX_COUNT,
     CounterKey,
     Delta,
     RateLimit,
@@ -30,8 +31,6 @@ from coding_agent_exporter.model import (
 )
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable
-    from datetime import datetime
 
     from coding_agent_exporter.ledger.book import Book, Estimate, Labels
 
@@ -46,6 +45,12 @@ SWEEP = 200
 
 INCREMENTAL = frozenset({"pi-coding", "opencode", "omp"})
 CUMULATIVE = frozenset({"codex"})
+PI_SOURCES = frozenset({"pi-coding", "omp"})
+
+PI = "pi"
+"""Both write sessions of one kind, each with an id that is unique: one account, whoever wrote what of it."""
+
+ORPHANS = "orphans"
 
 _PI_SESSION = re.compile(r"_([0-9a-fA-F]{8}-[0-9a-fA-F-]{27})$")
 
@@ -55,7 +60,8 @@ class Storage(Protocol):
 
     def account(self, key: str) -> bytes | None: ...
 
-    def accounts(self, log: str) -> Iterable[tuple[str, bytes]]: ...
+    def has_figures(self, digest: int) -> bool:
+        """Whether figures with this digest were stored with an earlier `Changes.figures`."""
 
     def quiet(self, before: int, limit: int) -> list[str]:
         """Keys of accounts that are not settled and were last changed before an epoch second."""
@@ -75,7 +81,6 @@ class Saved:
     """One account to write. `touched` is the epoch second of this change; `settled` ones are not waited for."""
 
     blob: bytes
-    log: str
     touched: int
     settled: bool
 
@@ -87,11 +92,12 @@ class Changes:
     deltas: dict[CounterKey, Delta] = field(default_factory=dict)
     accounts: dict[str, Saved] = field(default_factory=dict)
     labels: list[tuple[int, Labels]] = field(default_factory=list)
+    figures: set[int] = field(default_factory=set)
     rate_limits: dict[tuple[str, str, str], RateLimit] | None = None
 
     @property
     def empty(self) -> bool:
-        return not (self.deltas or self.accounts or self.labels or self.rate_limits)
+        return not (self.deltas or self.accounts or self.labels or self.figures or self.rate_limits)
 
 
 class Ledger:
@@ -114,6 +120,8 @@ class Ledger:
         rate_limits: dict[tuple[str, str, str], RateLimit] | None = None,
     ) -> None:
         self.book = book
+        self.now = math.inf
+        """Epoch seconds; whoever applies events says what time it is."""
         self.rejected: Counter[tuple[str, str, str]] = Counter()
         self.rate_limits = rate_limits or {}
         self._limits_changed = False
@@ -125,9 +133,8 @@ class Ledger:
         self._weights: dict[str, int] = {}
         self._cached = 0
         self._next_sweep = 0.0
-        self._logs: dict[str, str] = {}
         self._dirty: set[str] = set()
-        self._sessions = SessionRules(book, estimate, self._figures_of)
+        self._sessions = SessionRules(book, estimate, storage.has_figures)
         self._codex = CodexRules(book, estimate)
         self._processes = ProcessRules(book)
 
@@ -139,21 +146,21 @@ class Ledger:
         """
         agent = file.agent if self._agent_label else ""
         if file.source in INCREMENTAL:
-            self._apply_incremental(file, events, agent)
+            self._apply_messages(file, events, agent)
         elif file.source in CUMULATIVE:
             for event in events:
-                account = self._account(f"{file.source}:{event.session_id}", Codex, file.log)
-                if self._codex.apply(account, file, event, agent):
-                    self._touch(f"{file.source}:{event.session_id}")
+                key = _key("codex", file.source, event.session_id)
+                if self._codex.apply(self._account(key, Codex), file, event, agent, now=self.now):
+                    self._dirty.add(key)
         else:
-            key = f"{file.source}:{file.agent}"
-            process = self._account(key, Process, file.log)
-            replay, skipped, sessions = self._processes.apply(process, file, events, agent, replay=replay)
-            self._touch(key)
+            key = _key("process", file.source, file.agent)
+            process = self._account(key, Process)
+            replay, skipped, sessions = self._processes.apply(process, file, events, agent, replay=replay, now=self.now)
+            self._dirty.add(key)
             if skipped:
                 self.rejected[file.root, file.kind, "replayed"] += skipped
             for session, number, second in sessions:
-                self._count_session(f"{key}:{session}", file.log, number, second)
+                self._count_session(_key("named", file.source, file.agent, session), number, second)
         self._note_limits(file, events)
         return replay
 
@@ -164,61 +171,60 @@ class Ledger:
 
         `fallback` names the session of a file whose header is not readable.
 
-        A record that is older than the file's own header was copied from the session it was forked from. The
-        parent's file held it too, so it is new only where the parent is unknown; then it is counted as the parent's.
+        A record that is older than the header of a fork was copied from its parent. The parent's file held it too,
+        so it is new only where the parent is unknown: then it is counted as the parent's, and remembered as an
+        orphan in case that it turns up where it was first written.
         """
+        orphans = _key(ORPHANS, PI)
         for record in records:
             if isinstance(record, SessionHeader):
                 if not meta.session:
                     meta.session, meta.created, meta.parent = record.session, record.created, record.parent
                 continue
+            own = key = _key("session", PI, meta.session or fallback)
             at = record.recorded if isinstance(record, SessionCompaction) else record.started
-            copied = at < meta.created
-            session = meta.session or fallback
-            own = self._account(f"{source}:{session}", Session, file.log)
-            key = f"{source}:{meta.parent if copied and meta.parent else session}"
-            account = self._account(key, Session, file.log)
-            identity: int | str = f"c{record.entry}" if isinstance(record, SessionCompaction) else record.started
+            copied = at < meta.created and meta.parent not in {"", meta.session}
             if copied:
-                own.copies = max(own.copies, at)
-                self._touch(f"{source}:{session}")
-            if identity in account.messages or at // 1000 <= account.floor or (copied and at <= account.copies):
-                reason = "copied" if copied else "replayed"
-                if identity not in account.messages or copied:
-                    self.rejected[file.root, file.kind, reason] += 1
-                    continue
+                key = _key("session", PI, meta.parent)
+                forked = self._account(own, Session)
+                if at > forked.copies:
+                    forked.copies = at
+                    self._dirty.add(own)
+            account = self._account(key, Session)
             if isinstance(record, SessionCompaction):
-                if identity not in account.messages:
-                    account.messages[identity] = Record(at // 1000, -1)
-                    account.last = max(account.last, at // 1000)
-                    self.book.count((families.COMPACTIONS.name, (file.root,)), at / 1000)
-                    self._touch(key)
-                continue
-            if self._sessions.apply_entry(account, file, source, record):
-                self._touch(key)
+                outcome = self._sessions.apply_compaction(account, file, record, copied=copied)
+            else:
+                lost = self._account(orphans, Session)
+                outcome = self._sessions.apply_entry(account, lost, file, source, record, copied=copied)
+            if outcome == "changed":
+                self._dirty.add(key)
+                if copied:
+                    self._dirty.add(orphans)
+            elif outcome != "same":
+                self.rejected[file.root, file.kind, outcome] += 1
+                self._dirty.add(key)
 
     def flush(self, *, complete: bool, now: float) -> Changes:
         """Everything since the last flush. `complete` says that all input on disk has been read at least once:
         only then is it known which messages are old."""
-        horizon = int(now) - self._settle_after
         changes = Changes()
         for key in self._dirty:
             account = self._cache[key]
-            if complete and isinstance(account, Session) and len(account.messages) > MANY_MESSAGES:
-                account.forget(account.last - 24 * 3600)
-            changes.accounts[key] = self._saved(key, account, now)
+            if complete and isinstance(account, Session) and len(account.messages) > MANY_MESSAGES and _forgets(key):
+                account.forget(min(account.last, int(now)) - 24 * 3600)
+            changes.accounts[key] = self._saved(key, account, now, settled=not _forgets(key))
         self._dirty.clear()
         if complete and now >= self._next_sweep:
-            quiet = self._storage.quiet(horizon, SWEEP)
+            quiet = self._storage.quiet(int(now) - self._settle_after, SWEEP)
             self._next_sweep = now + (0 if len(quiet) == SWEEP else 60)
             for key in quiet:
-                if key in changes.accounts:
-                    continue
-                account = self._account(key, Session, "")
-                if isinstance(account, Session):
-                    account.forget(account.last)
-                changes.accounts[key] = self._saved(key, account, now, settled=True)
+                if key not in changes.accounts:
+                    account = self._account(key, Session)
+                    # A clock that was wrong once must not make replays of all that is yet to come.
+                    account.forget(min(account.last, int(now) - self._settle_after))
+                    changes.accounts[key] = self._saved(key, account, now, settled=True)
         changes.deltas, changes.labels = self.book.flush()
+        changes.figures, self._sessions.figures = self._sessions.figures, set()
         if self._limits_changed:
             changes.rate_limits = dict(self.rate_limits)
             self._limits_changed = False
@@ -228,14 +234,11 @@ class Ledger:
         """Let go of accounts beyond the cache's size. Call after the commit: only then does the storage have them."""
         while self._cached > self._cache_messages and len(self._cache) > 1:
             key, _ = self._cache.popitem(last=False)
-            self._logs.pop(key, None)
             self._cached -= self._weights.pop(key)
-        if self._cached > self._cache_messages or self._sessions.indexed > self._cache_messages:
-            self._sessions.forget_index()
 
     # -- accounts
 
-    def _account(self, key: str, kind: type[Any], log: str) -> Any:
+    def _account(self, key: str, kind: type[Any]) -> Any:
         account = self._cache.get(key)
         if account is None:
             blob = self._storage.account(key)
@@ -244,75 +247,44 @@ class Ledger:
             self._weigh(key, account)
         else:
             self._cache.move_to_end(key)
-        if log:
-            self._logs.setdefault(key, log)
         return account
-
-    def _touch(self, key: str) -> None:
-        self._dirty.add(key)
 
     def _weigh(self, key: str, account: Account) -> None:
         weight = account.size()
         self._cached += weight - self._weights.get(key, 0)
         self._weights[key] = weight
 
-    def _saved(self, key: str, account: Account, now: float, *, settled: bool = False) -> Saved:
+    def _saved(self, key: str, account: Account, now: float, *, settled: bool) -> Saved:
         self._weigh(key, account)
-        settled = settled or not isinstance(account, Session)
-        return Saved(_encode(account), self._logs.get(key, ""), int(now), settled)
-
-    def _figures_of(self, log: str) -> Iterable[Session]:
-        """Every session of a log, from memory where it is there."""
-        seen = set()
-        for key, name in list(self._logs.items()):
-            if name == log and isinstance(account := self._cache.get(key), Session):
-                seen.add(key)
-                yield account
-        for key, blob in self._storage.accounts(log):
-            if key not in seen and isinstance(account := _decoder.decode(blob), Session):
-                yield account
+        return Saved(_encode(account), int(now), settled)
 
     # -- usage logs of sessions that are the sum of their messages
 
-    def _apply_incremental(self, file: SourceFile, events: list[UsageEvent], agent: str) -> None:
-        """Of each message only the freshest event of this batch matters, and whether its first one was empty."""
-        is_pi = file.source == "pi-coding"
-        latest: dict[Any, UsageEvent] = {}
-        first: dict[Any, UsageEvent] = {}
+    def _apply_messages(self, file: SourceFile, events: list[UsageEvent], agent: str) -> None:
+        is_pi = file.source in PI_SOURCES
+        opened: dict[str, tuple[str, Session, Session | None]] = {}
         for event in events:
-            name = event.message_id or event.event_id
-            if not name:
-                self.rejected[file.root, file.kind, "no_identity"] += 1
-                continue
-            # pi's writer numbers its lines and starts over when it restarts: only with the time is that an identity.
-            identity: Any = (event.session_id, name, event.timestamp) if is_pi else (event.session_id, name)
-            seen = latest.get(identity)
-            if seen is None:
-                latest[identity] = first[identity] = event
-            elif event.timestamp >= seen.timestamp or _second(event.timestamp) == _second(seen.timestamp):
-                latest[identity] = event
-        session_id, key, session, by_time = None, "", Session(), False
-        for identity, event in latest.items():
-            if event.session_id != session_id:
-                session_id = event.session_id
-                found = _PI_SESSION.search(session_id) if is_pi else None
-                key = f"{file.source}:{found.group(1) if found else session_id}"
-                session = self._account(key, Session, file.log)
-                by_time = found is not None
-            outcome = self._sessions.apply_event(session, file, event, first[identity], agent, by_time=by_time)
+            found = opened.get(event.session_id)
+            if found is None:
+                uuid = _PI_SESSION.search(event.session_id) if is_pi else None
+                key = _key("session", PI if is_pi else file.source, uuid.group(1) if uuid else event.session_id)
+                orphans = self._account(_key(ORPHANS, PI), Session) if uuid else None
+                found = opened[event.session_id] = key, self._account(key, Session), orphans
+            key, session, orphans = found
+            outcome = self._sessions.apply_event(session, orphans, file, event, agent)
             if outcome == "changed":
-                self._touch(key)
+                self._dirty.add(key)
             elif outcome != "same":
                 self.rejected[file.root, file.kind, outcome] += 1
-                self._touch(key)
+                self._dirty.add(key)
 
-    def _count_session(self, key: str, log: str, number: int, second: int) -> None:
-        session: Session = self._account(key, Session, log)
+    def _count_session(self, key: str, number: int, second: int) -> None:
+        session: Session = self._account(key, Session)
         if not session.counted:
             session.counted = True
             session.last = second
             self.book.row(number, second)[slots.SESSIONS] += 1
-            self._touch(key)
+            self._dirty.add(key)
 
     def _note_limits(self, file: SourceFile, events: list[UsageEvent]) -> None:
         for event in reversed(events):
@@ -329,8 +301,18 @@ class Ledger:
                 return
 
 
-def _second(value: datetime) -> int:
-    return int(value.timestamp())
+def _key(*parts: str) -> str:
+    """The key of an account: its kind, then what names it."""
+    return "\n".join(parts)
+
+
+def _forgets(key: str) -> bool:
+    """Whether an account grows with its messages, and may forget old ones.
+
+    OpenCode fires a message again whenever anything about it changes, also weeks later: what it counted stays known.
+    """
+    kind, source = key.split("\n", 2)[:2]
+    return kind == "session" and source != "opencode"
 
 
 def _rate_limit(value: Any, at: float) -> RateLimit | None:
@@ -339,7 +321,9 @@ def _rate_limit(value: Any, at: float) -> RateLimit | None:
 
     def number(name: str) -> float | None:
         found = value.get(name)
-        return float(found) if isinstance(found, int | float) and not isinstance(found, bool) else None
+        if isinstance(found, bool) or not isinstance(found, int | float) or not 0 <= found <= MAX_COUNT:
+            return None
+        return float(found)
 
     used = number("used_percentage")
     return None if used is None else RateLimit(used, number("resets_at"), number("window_seconds"), at)

@@ -41,7 +41,7 @@ _FAMILIES: tuple[tuple[str, str | None], ...] = (
 class Book:
     """Interned usage label sets and the figures added to each since the last flush.
 
-    `cutoff` is the epoch second before which spend belongs to the baseline; 0 once the baseline is complete.
+    `cutoff` is the epoch second before which spend belongs to the baseline.
     Past `max_series` label sets, new ones are counted under provider and model "other".
     """
 
@@ -73,7 +73,7 @@ class Book:
     def _number(self, labels: Labels) -> int:
         number = self._index.get(labels)
         if number is None:
-            if len(self.keys) >= self._max_series and labels[3] != OTHER:
+            if len(self.keys) >= self._max_series and labels[2:4] != (OTHER, OTHER):
                 self.overflowed += 1
                 return self._number((*labels[:2], OTHER, OTHER, *labels[4:]))
             number = self._index[labels] = len(self.keys)

@@ -7,10 +7,12 @@ had added.
 from __future__ import annotations
 
 from datetime import UTC, datetime
+from hashlib import blake2b
 from typing import TYPE_CHECKING
 
 import msgspec
 
+from coding_agent_exporter import families
 from coding_agent_exporter.ledger.book import (
     CACHE_CREATION,
     CACHE_READ,
@@ -23,12 +25,16 @@ from coding_agent_exporter.ledger.book import (
     UNPRICED,
     Book,
 )
-from coding_agent_exporter.model import PICO, SessionMessage, SourceFile, UsageEvent
+from coding_agent_exporter.model import PICO, SessionCompaction, SessionMessage, SourceFile, UsageEvent
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterable
+    from collections.abc import Callable
 
     from coding_agent_exporter.ledger.book import Estimate
+
+EPOCH = datetime(1970, 1, 1, tzinfo=UTC)
+
+MAX_ORPHANS = 20_000
 
 NOT_COUNTED = -1
 """Label set number of a record that carries no figures of its own: a compaction, a copy."""
@@ -50,6 +56,10 @@ class Record(msgspec.Struct, frozen=True, array_like=True, gc=False):
     def figures(self) -> tuple[int, int, int, int, int]:
         return (self.cost, self.input, self.output, self.cache_read, self.cache_creation)
 
+    @property
+    def total(self) -> int:
+        return self.input + self.output + self.cache_read + self.cache_creation
+
 
 Figures = tuple[int, int, int, int, int]
 
@@ -59,7 +69,7 @@ class Session(msgspec.Struct, array_like=True, tag=1):
 
     `floor`: everything up to here has been counted and forgotten. `live`: a message was seen as it happened, so
     what follows is no copy. `copies`: start of the latest message that the session's own file copied from its
-    parent. `figures` of forgotten messages stay, where a fork can bring them back under new names.
+    parent.
     """
 
     counted: bool = False
@@ -70,104 +80,152 @@ class Session(msgspec.Struct, array_like=True, tag=1):
     mode: str = ""
     root: str = ""
     messages: dict[int | str, Record] = {}
-    figures: list[tuple[int, Figures]] = []
 
     def size(self) -> int:
-        return 1 + len(self.messages) + len(self.figures)
+        return 1 + len(self.messages)
 
     def forget(self, before: int) -> None:
         """Drop the messages up to an epoch second: nothing can change them any more."""
         old = [name for name, record in self.messages.items() if record.second <= before]
-        if not old:
-            return
         for name in old:
-            record = self.messages.pop(name)
-            if self.live and record.number >= 0 and any(record.figures[1:]):
-                self.figures.append((record.number, record.figures))
-        self.floor = max(self.floor, before)
+            del self.messages[name]
+        if old:
+            self.floor = max(self.floor, before)
 
 
 class SessionRules:
-    """How messages are counted."""
+    """How messages are counted.
 
-    def __init__(self, book: Book, estimate: Estimate, sessions_of: Callable[[str], Iterable[Session]]) -> None:
+    `seen` tells whether figures with a digest were ever stored; `figures` are those since the last flush.
+    """
+
+    def __init__(self, book: Book, estimate: Estimate, seen: Callable[[int], bool]) -> None:
+        self.figures: set[int] = set()
         self._book = book
         self._estimate = estimate
-        self._sessions_of = sessions_of
-        self._index: dict[str, set[int]] = {}
-
-    @property
-    def indexed(self) -> int:
-        return sum(len(figures) for figures in self._index.values())
-
-    def forget_index(self) -> None:
-        self._index.clear()
+        self._seen = seen
 
     def apply_event(
-        self, session: Session, file: SourceFile, event: UsageEvent, first: UsageEvent, agent: str, *, by_time: bool
+        self, session: Session, orphans: Session | None, file: SourceFile, event: UsageEvent, agent: str
     ) -> str:
-        """Count the freshest event of a message. `first` is the first event of it in the same batch.
+        """Count an event of a usage log, in place of what the events before it had said of the same message.
 
-        `by_time`: the message can turn up in a session file too; the start of the call identifies it in both.
-        Returns "changed", "same", or the reason why it was not counted: "replayed", "copied".
+        `orphans`: the message can turn up in a session file too, where the start of the call identifies it; these
+        were found there before. Returns "changed", "same", or the reason why it was not counted: "no_identity",
+        "replayed", "copied".
         """
-        at = event.timestamp
-        second = int(at.timestamp())
-        identity = _identity(file, event, second, by_time=by_time)
+        name = event.message_id or event.event_id
+        if not name:
+            return "no_identity"
+        since = event.timestamp - EPOCH
+        second = since.days * 86400 + since.seconds
+        identity: int | str
+        if orphans is not None:
+            identity = second * 1000 + (since.microseconds + 500) // 1000
+        elif event.message_id:
+            identity = name
+        elif file.source == "opencode":
+            identity = f"{file.agent}:{name}"
+        else:
+            # pi's writer numbers its lines and starts over when it restarts: only with the time is that an identity.
+            identity = f"{file.agent}:{name}@{second}"
         known = session.messages.get(identity)
-        if known is None and second <= session.floor:
-            return "replayed"
-        if known is not None and second < known.second:
+        if known is None:
+            if second <= session.floor:
+                return "replayed"
+        elif second < known.second:
             return "same"
-        figures = _figures(event)
+        hinted = bool(event.cost_mode or event.rate_limits)
         session.mode = event.cost_mode or ("SUBSCRIPTION" if event.rate_limits else session.mode)
         session.root = session.root or file.root
         mode = "subscription" if session.mode == "SUBSCRIPTION" else "api_key"
-        number = self._book.number(session.root, file.source, event.model, mode, agent)
+        record = _record(event, second, self._book.number(session.root, file.source, event.model, mode, agent))
         if file.source == "opencode":
-            if known is None and not session.live:
-                if self._is_copy(file.log, number, _figures(first), figures):
-                    session.messages[identity] = Record(second, NOT_COUNTED, *figures)
-                    session.last = max(session.last, second)
-                    return "copied"
-                session.live = True
-            if file.log in self._index and any(figures):
-                self._index[file.log].add(hash((number, figures)))
-        return self._replace(session, identity, known, Record(second, number, *figures), at, shared=by_time)
+            if self._is_copy(session, known, record):
+                session.messages[identity] = msgspec.structs.replace(record, number=NOT_COUNTED)
+                session.last = max(session.last, second)
+                return "copied"
+        elif known is None and orphans and orphans.messages and _orphan(identity, record) in orphans.messages:
+            session.messages[identity] = msgspec.structs.replace(record, number=NOT_COUNTED)
+            return "copied"
+        shared = orphans is not None
+        outcome = self._replace(session, identity, known, record, event.timestamp, shared=shared, hinted=hinted)
+        if file.source == "opencode" and record.total and (known is None or known.figures != record.figures):
+            self.figures.add(self._digest(record))
+        return outcome
 
-    def apply_entry(self, session: Session, file: SourceFile, source: str, message: SessionMessage) -> bool:
-        """Count an assistant message of a session file. Returns whether the account changed."""
-        known = session.messages.get(message.started)
+    def apply_entry(
+        self, session: Session, orphans: Session, file: SourceFile, source: str, message: SessionMessage,
+        *, copied: bool,
+    ) -> str:
+        """Count an assistant message of a session file. Returns as `apply_event` does."""
+        identity, second = message.started, message.started // 1000
+        known = session.messages.get(identity)
+        if copied and known is not None:
+            return "copied"
+        if known is None and (second <= session.floor or (copied and identity <= session.copies)):
+            return "copied" if copied else "replayed"
         session.root = session.root or file.root
         mode = "subscription" if session.mode == "SUBSCRIPTION" else "api_key"
         name = f"{message.provider}/{message.model}" if message.provider else message.model
-        agent = file.agent if known is None else ""
-        number = self._book.number(session.root, source, name, mode, agent)
+        number = self._book.number(session.root, source, name, mode, file.agent)
         cost = -1 if message.cost is None else message.cost
-        record = Record(message.started // 1000, number, cost, *(message.tokens or (0, 0, 0, 0)))
+        record = Record(second, number, cost, *(message.tokens or (0, 0, 0, 0)))
+        if known is None and (copied or orphans.messages):
+            orphan = _orphan(identity, record)
+            if orphan in orphans.messages:
+                if not copied:
+                    session.messages[identity] = msgspec.structs.replace(record, number=NOT_COUNTED)
+                return "copied"
+            if copied:
+                orphans.messages[orphan] = Record(second, NOT_COUNTED)
+                if len(orphans.messages) > MAX_ORPHANS:
+                    del orphans.messages[next(iter(orphans.messages))]
         at = datetime.fromtimestamp(message.started / 1000, UTC)
-        return self._replace(session, message.started, known, record, at, shared=True) == "changed"
+        return self._replace(session, identity, known, record, at, shared=True, hinted=False)
+
+    def apply_compaction(
+        self, session: Session, file: SourceFile, compaction: SessionCompaction, *, copied: bool
+    ) -> str:
+        """Count a compaction entry of a session file. Returns as `apply_event` does."""
+        identity, second = f"c{compaction.entry}", compaction.recorded // 1000
+        if identity in session.messages:
+            return "copied" if copied else "same"
+        if second <= session.floor or (copied and compaction.recorded <= session.copies):
+            return "copied" if copied else "replayed"
+        session.messages[identity] = Record(second, NOT_COUNTED)
+        session.last = max(session.last, second)
+        self._book.count((families.COMPACTIONS.name, (file.root,)), second)
+        return "changed"
 
     def _replace(
-        self, session: Session, identity: int | str, known: Record | None, record: Record, at: datetime, *, shared: bool
+        self, session: Session, identity: int | str, known: Record | None, record: Record, at: datetime,
+        *, shared: bool, hinted: bool,
     ) -> str:
-        # Two inputs may name the same message under different labels: the first one keeps it. So does a copy.
-        keeps = known is not None and (shared or known.number in {record.number, NOT_COUNTED})
-        if known is not None and keeps and known.figures == record.figures:
-            if record.second == known.second:
-                return "same"
-            session.messages[identity] = msgspec.structs.replace(known, second=record.second)
-            return "changed"
-        if known is not None and known.number != NOT_COUNTED:
-            self._add(known, -1)
-        total = record.input + record.output + record.cache_read + record.cache_creation
-        if record.cost < 0 and total:
+        if known is not None:
+            keeps = known.number in {record.number, NOT_COUNTED}
+            if not keeps:
+                before, after = self._book.keys[known.number], self._book.keys[record.number]
+                if before[1:5] == after[1:5]:
+                    # Known under another root, or from before there was a label for the agent: that stays.
+                    keeps, record = True, msgspec.structs.replace(record, number=known.number)
+                else:
+                    # Two inputs may name a message differently: the first one keeps it, but for what it cannot know.
+                    keeps = shared and not (hinted and before[4] != after[4])
+            if keeps and known.figures == record.figures:
+                if record.second == known.second:
+                    return "same"
+                session.last = max(session.last, record.second)
+                session.messages[identity] = msgspec.structs.replace(known, second=record.second)
+                return "changed"
+            if known.number != NOT_COUNTED:
+                self._take_back(known)
+        if record.cost < 0 and record.total:
             labels = self._book.keys[record.number]
-            tokens = (record.input, record.output, record.cache_read, record.cache_creation)
-            estimated = self._estimate(labels[2], labels[3], tokens, at)
+            estimated = self._estimate(labels[2], labels[3], record.figures[1:], at)
             if estimated is not None:
                 record = msgspec.structs.replace(record, estimated=estimated)
-        self._add(record, 1)
+        self._add(record)
         session.messages[identity] = record
         session.last = max(session.last, record.second)
         if not session.counted:
@@ -175,50 +233,71 @@ class SessionRules:
             self._book.row(record.number, record.second)[SESSIONS] += 1
         return "changed"
 
-    def _add(self, record: Record, sign: int) -> None:
+    def _add(self, record: Record) -> None:
         row = self._book.row(record.number, record.second)
-        row[MESSAGES] += sign
-        row[INPUT] += sign * record.input
-        row[OUTPUT] += sign * record.output
-        row[CACHE_READ] += sign * record.cache_read
-        row[CACHE_CREATION] += sign * record.cache_creation
+        row[MESSAGES] += 1
+        row[INPUT] += record.input
+        row[OUTPUT] += record.output
+        row[CACHE_READ] += record.cache_read
+        row[CACHE_CREATION] += record.cache_creation
         if record.cost >= 0:
-            row[REPORTED] += sign * record.cost
+            row[REPORTED] += record.cost
         elif record.estimated >= 0:
-            row[ESTIMATED] += sign * record.estimated
+            row[ESTIMATED] += record.estimated
         else:
-            row[UNPRICED] += sign * (record.input + record.output + record.cache_read + record.cache_creation)
+            row[UNPRICED] += record.total
 
-    def _is_copy(self, log: str, number: int, first: Figures, figures: Figures) -> bool:
-        """Whether a message at the start of a session is a fork's copy.
+    def _take_back(self, record: Record) -> None:
+        row = self._book.row(record.number, record.second)
+        row[MESSAGES] -= 1
+        row[INPUT] -= record.input
+        row[OUTPUT] -= record.output
+        row[CACHE_READ] -= record.cache_read
+        row[CACHE_CREATION] -= record.cache_creation
+        if record.cost >= 0:
+            row[REPORTED] -= record.cost
+        elif record.estimated >= 0:
+            row[ESTIMATED] -= record.estimated
+        else:
+            row[UNPRICED] -= record.total
 
-        A live message is written first with zeros; a copy comes at once with its final figures, and those are the
-        figures of a message that the same log has already seen.
+    def _is_copy(self, session: Session, known: Record | None, record: Record) -> bool:
+        """Whether an OpenCode message at the start of a session is a fork's copy; notes when the session is live.
+
+        A live message is written first with zeros and grows; a copy comes at once with its final figures, and those
+        are the figures of a message that was seen before. Zeros alone decide nothing: an interrupted message keeps
+        them, also in a copy.
         """
-        if not any(first[1:]) and first[0] <= 0:
+        if session.live or (not record.total and record.cost <= 0):
             return False
-        index = self._index.get(log)
-        if index is None:
-            index = self._index[log] = set()
-            for session in self._sessions_of(log):
-                index.update(hash((record.number, record.figures)) for record in session.messages.values())
-                index.update(hash(pair) for pair in session.figures)
-        return hash((number, figures)) in index
+        if known is not None:
+            if known.number == NOT_COUNTED:
+                return known.figures == record.figures
+            session.live = True
+            return False
+        digest = self._digest(record)
+        if digest in self.figures or self._seen(digest):
+            return True
+        session.live = True
+        return False
+
+    def _digest(self, record: Record) -> int:
+        """64 bits of the model and the figures of a message, the same in every run."""
+        content = repr((self._book.keys[record.number][2:4], record.figures)).encode()
+        return int.from_bytes(blake2b(content, digest_size=8).digest(), "big", signed=True)
 
 
-def _identity(file: SourceFile, event: UsageEvent, second: int, *, by_time: bool) -> int | str:
-    if by_time and event.timestamp.microsecond:
-        return round(event.timestamp.timestamp() * 1000)
-    if event.message_id:
-        return event.message_id
-    if file.source == "opencode":
-        return f"{file.agent}:{event.event_id}"
-    return f"{file.agent}:{event.event_id}@{second}"
+def _orphan(identity: int | str, record: Record) -> str:
+    """What identifies a copied message whose session is unknown: when it began, and its figures."""
+    return f"{identity}:{record.figures}"
 
 
-def _figures(event: UsageEvent) -> Figures:
+def _record(event: UsageEvent, second: int, number: int) -> Record:
     cost = -1 if event.cost is None or event.cost.total_cost_usd is None else round(event.cost.total_cost_usd * PICO)
     tokens = event.tokens
     if tokens is None:
-        return (cost, 0, 0, 0, 0)
-    return (cost, tokens.input or 0, tokens.output or 0, tokens.cache_read or 0, tokens.cache_creation or 0)
+        return Record(second, number, cost)
+    return Record(
+        second, number, cost,
+        tokens.input or 0, tokens.output or 0, tokens.cache_read or 0, tokens.cache_creation or 0,
+    )

@@ -7,6 +7,7 @@ runs on across sessions and starts over, or is restored, in the next process.
 from __future__ import annotations
 
 from typing import TYPE_CHECKING
+from zlib import crc32
 
 import msgspec
 
@@ -31,11 +32,15 @@ if TYPE_CHECKING:
 MAX_READINGS = 4096
 MAX_RECENT = 4096
 
+CLOCK_ERROR = 3600
+"""Seconds by which the clocks of an agent and of this exporter may differ."""
+
 
 class Codex(msgspec.Struct, array_like=True, tag=2):
     """A session's freshest reading, and what each label set has been given of it.
 
     `parts`: label set number -> [reported, estimated, unpriced, input, output, cache_read, cache_creation].
+    `recent`: the ids of the events of the latest second, to tell a replay from news.
     """
 
     counted: bool = False
@@ -44,6 +49,7 @@ class Codex(msgspec.Struct, array_like=True, tag=2):
     cost: int = 0
     tokens: tuple[int, int, int, int] = (0, 0, 0, 0)
     parts: dict[int, list[int]] = {}
+    recent: list[str] = []
 
     def size(self) -> int:
         return 1 + len(self.parts)
@@ -53,8 +59,9 @@ class Process(msgspec.Struct, array_like=True, tag=3):
     """The readings of one agent's log. Money in pico-USD, times in epoch seconds.
 
     `parts` is what the process that runs now has spent, by label set number: all of it changes its cost mode when
-    the process turns out to be a subscription. `readings`: the totals seen, most recent last. `recent`: the ids of
-    the events of the latest second, to tell a replay from news.
+    the process turns out to be a subscription. `readings`: the totals seen, most recent last, each with a checksum of
+    the session that showed it last. `recent`: what identifies the events of the latest second, to tell a replay from
+    news. `writer` is the file that brought the latest event, `session` the checksum of its session.
     """
 
     reading: int = 0
@@ -62,8 +69,10 @@ class Process(msgspec.Struct, array_like=True, tag=3):
     limited: bool = False
     last: int = 0
     parts: dict[int, int] = {}
-    readings: dict[int, None] = {}
+    readings: dict[int, int] = {}
     recent: list[str] = []
+    writer: str = ""
+    session: int = 0
 
     def size(self) -> int:
         return 1 + (len(self.readings) + len(self.parts)) // 4
@@ -76,11 +85,16 @@ class CodexRules:
         self._book = book
         self._estimate = estimate
 
-    def apply(self, session: Codex, file: SourceFile, event: UsageEvent, agent: str) -> bool:
+    def apply(self, session: Codex, file: SourceFile, event: UsageEvent, agent: str, *, now: float) -> bool:
         """Count one reading. Returns whether the account changed."""
-        second = int(event.timestamp.timestamp())
-        if second < session.last:
+        second = int(min(event.timestamp.timestamp(), now + CLOCK_ERROR))
+        name = event.event_id or repr(event.tokens)
+        if second < session.last or (second == session.last and name in session.recent):
             return False
+        if second > session.last:
+            session.recent = []
+        if len(session.recent) < MAX_RECENT:
+            session.recent.append(name)
         mode = event.cost_mode or ("SUBSCRIPTION" if event.rate_limits else session.mode)
         number = self._number(file, event.model, mode, agent)
         if mode != session.mode:
@@ -114,16 +128,19 @@ class CodexRules:
 
     def _price(self, row: list[int], part: list[int], number: int, rises: tuple[int, ...], at: datetime) -> None:
         labels = self._book.keys[number]
-        # A reading may be corrected downwards: a price is asked for counts only, never for less than nothing.
-        sign = 1 if sum(rises) >= 0 else -1
-        counts = tuple(max(0, sign * rise) for rise in rises)
-        estimated = self._estimate(labels[2], labels[3], (counts[0], counts[1], counts[2], counts[3]), at)
-        if estimated is None:
+        # A reading may be corrected downwards in one kind and upwards in another: each side has its price.
+        prices = []
+        for sign in (1, -1):
+            new, output, read, created = (max(0, sign * rise) for rise in rises)
+            counts = (new, output, read, created)
+            prices.append(self._estimate(labels[2], labels[3], counts, at) if any(counts) else 0)
+        up, down = prices
+        if up is None or down is None:
             row[UNPRICED] += sum(rises)
             part[2] += sum(rises)
         else:
-            row[ESTIMATED] += sign * estimated
-            part[1] += sign * estimated
+            row[ESTIMATED] += up - down
+            part[1] += up - down
 
     def _number(self, file: SourceFile, model: str | None, mode: str, agent: str) -> int:
         label = "subscription" if mode == "SUBSCRIPTION" else "api_key"
@@ -152,7 +169,7 @@ class ProcessRules:
         self._book = book
 
     def apply(
-        self, process: Process, file: SourceFile, events: list[UsageEvent], agent: str, *, replay: bool
+        self, process: Process, file: SourceFile, events: list[UsageEvent], agent: str, *, replay: bool, now: float
     ) -> tuple[bool, int, list[tuple[str, int, int]]]:
         """Count readings in the order of the log.
 
@@ -160,19 +177,27 @@ class ProcessRules:
         sessions that were seen, each with its label set number and epoch second.
         """
         skipped = 0
+        path = str(file.path)
+        if process.writer not in {"", path}:
+            # Another file of the same log: a copy of it on its way to another place, or what was rotated away.
+            replay = True
         sessions: dict[str, tuple[int, int]] = {}
         for event in events:
             second = int(event.timestamp.timestamp())
+            # A clock that was wrong once must not make replays of all that is yet to come.
+            order = min(second, now + CLOCK_ERROR)
+            name = event.event_id or f"{event.session_id}|{event.cost}"
             if replay:
-                if second < process.last or (second == process.last and (event.event_id or "") in process.recent):
+                if order < process.last or (order == process.last and name in process.recent):
                     skipped += 1
                     continue
                 replay = False
-            if second > process.last:
-                process.last = second
+            process.writer = path
+            if order > process.last:
+                process.last = int(order)
                 process.recent = []
-            if second == process.last and event.event_id and len(process.recent) < MAX_RECENT:
-                process.recent.append(event.event_id)
+            if order == process.last and len(process.recent) < MAX_RECENT:
+                process.recent.append(name)
             if event.cost is not None and event.cost.total_cost_usd is not None:
                 self._read(process, file, event, round(event.cost.total_cost_usd * PICO), second, agent)
             else:
@@ -185,14 +210,17 @@ class ProcessRules:
         self, process: Process, file: SourceFile, event: UsageEvent, reading: int, second: int, agent: str
     ) -> None:
         rise = reading - process.reading
-        if rise < 0:
+        session = crc32(event.session_id.encode())
+        resumed = session != process.session and process.readings.get(reading) == session
+        if rise < 0 or (rise > 0 and resumed):
             # The next process. It starts from nothing, or from a total that the harness restored: that one was
-            # shown here before, and was spent then.
+            # shown here before, and was spent then. Above the last reading only its own session can tell.
             process.parts, process.mode, process.limited = {}, "", False
             rise = 0 if reading in process.readings else reading
         process.reading = reading
+        process.session = session
         process.readings.pop(reading, None)
-        process.readings[reading] = None
+        process.readings[reading] = session
         if len(process.readings) > MAX_READINGS:
             del process.readings[next(iter(process.readings))]
         self._set_mode(process, file, event, second, agent)

@@ -43,7 +43,7 @@ _RESET = struct.pack("ii", 1, 0)  # struct linger: on, for 0 seconds
 
 @dataclass(frozen=True, slots=True)
 class Reply:
-    """What to answer. `sent` is called once, after the whole body went to the kernel without an error.
+    """What to answer. `sent` is called once, when all but the last byte of the body went to the kernel.
 
     It is not called for HEAD, whose body is left out, nor for a client that gave up before the reply was ready.
     """
@@ -230,17 +230,24 @@ class Connection:
         reply = self._answer(request)
         keep = request.keep_alive and not request.has_body and not self._server.stopping
         head_only = request.method == "HEAD"
+        head = self._head(reply, close=not keep)
         # Asked before sending: a client that closes afterwards has what it wanted.
-        waited = not self._has_gone()
-        self._send(self._head(reply, close=not keep), b"" if head_only else reply.body)
-        if reply.sent and waited and not head_only:
-            try:
-                reply.sent()
-            except Exception as error:  # noqa: BLE001 - the boundary to the app: counted and logged
-                self._server.failed(f"after {request.path}", error)
+        if head_only or not reply.sent or self._has_gone():
+            self._send(head, b"" if head_only else reply.body)
+        else:
+            # With a byte still to come: whoever has read this reply and asks again finds that it was noted.
+            self._send(head, reply.body[:-1])
+            self._note_sent(reply.sent, request.path)
+            self._send(b"", reply.body[-1:])
         if request.has_body:
             self._linger()
         return keep
+
+    def _note_sent(self, sent: Callable[[], None], path: str) -> None:
+        try:
+            sent()
+        except Exception as error:  # noqa: BLE001 - the boundary to the app: counted and logged
+            self._server.failed(f"after {path}", error)
 
     def _has_gone(self) -> bool:
         """Whether the client has closed its side: it stopped waiting for the reply."""

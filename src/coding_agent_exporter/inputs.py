@@ -1,0 +1,214 @@
+"""Takes the configured roots, gives the ledger every line that was appended below them, once and in order."""
+
+from __future__ import annotations
+
+import logging
+import os
+import re
+from collections import Counter
+from typing import TYPE_CHECKING
+
+from coding_agent_exporter import families
+from coding_agent_exporter.decode import session as session_files
+from coding_agent_exporter.decode import usage as usage_logs
+from coding_agent_exporter.discover import Discovery, Found
+from coding_agent_exporter.ledger import Ledger, SessionMeta
+from coding_agent_exporter.registry import Registry
+from coding_agent_exporter.tail import Chunk, Tail, Unreadable, accept_partial
+
+if TYPE_CHECKING:
+    from collections.abc import Iterable, Sequence
+
+    from coding_agent_exporter.model import CounterKey, FileRow, Root, SourceFile
+
+log = logging.getLogger(__name__)
+
+PI, OMP = "pi-coding", "omp"
+
+STEP_BYTES = 8 << 20
+"""So much is read before a commit: bounds the memory that one transaction takes."""
+
+MAX_WARNED = 10_000
+"""So many paths are named in the log; the metrics go on counting."""
+
+_TITLE = re.compile(rb'\s*\{\s*"type"\s*:\s*"title"')
+
+
+class Inputs:
+    """Reads usage logs and session files. Counts what it does in `stats`, what it sees in `states` and `lag`."""
+
+    def __init__(
+        self, roots: Sequence[Root], discovery: Discovery, tail: Tail, ledger: Ledger, rows: Iterable[FileRow]
+    ) -> None:
+        self.stats: Counter[CounterKey] = Counter()
+        self.states: dict[tuple[str, str, str], int] = {}
+        self.lag: dict[tuple[str, str], int] = {}
+        self.found = Found(files=[], watch=frozenset(), unreadable=[], missing=[])
+        self._roots = {(root.kind, root.alias): root.path for root in roots}
+        self._telemetry = tuple(f"{root.path}{os.sep}" for root in roots if root.kind == "telemetry")
+        self._discovery = discovery
+        self._tail = tail
+        self._ledger = ledger
+        self._registry = Registry(rows)
+        self._files: dict[str, SourceFile] = {}
+        self._present: Counter[tuple[str, str, str]] = Counter()
+        self._changed: dict[int, FileRow] = {}
+        self._warned: set[tuple[str, str]] = set()
+        self._sessions: set[str] = {row.session for row in self._registry if row.session}
+        self._today = 0
+        self._expired = 0.0
+        self._more = False
+
+    def reads_session(self, session: str) -> bool:
+        """Whether a session file of this session is among what is read."""
+        return session in self._sessions
+
+    def step(self, now: float, *, budget: int = STEP_BYTES, changes: frozenset[str] | None = None) -> bool:
+        """Read what was appended, up to `budget` bytes (0: only look). Returns whether more may be left.
+
+        `changes` are the paths that are known to have changed since the last step; None: look at all.
+        """
+        chosen = None if self._more or changes is None else self._choose(changes)
+        if chosen is None:
+            self._discover(now)
+            chosen = self._files
+        states = Counter(self._present)
+        lag: Counter[tuple[str, str]] = Counter()
+        changed = self._look(chosen, states)
+        rows = self._registry.resolve([(file, inode) for file, inode, _ in changed])
+        for (file, _, size), row in zip(changed, rows, strict=True):
+            row.size = size
+            try:
+                budget = self._read(file, row, budget)
+            except Unreadable as error:
+                self._note_unreadable(states, file, error.reason)
+            offset = 0 if row.cursor is None else row.cursor.offset
+            if row.size > offset:
+                lag[file.root, file.kind] += row.size - offset
+        if chosen is self._files:
+            self.states, self.lag = dict(states), dict(lag)
+            self._more = budget <= 0
+        return self._more or budget <= 0
+
+    def take_changed(self, now: float) -> tuple[list[FileRow], list[FileRow]]:
+        """The rows to store, and those to delete, once."""
+        changed, self._changed = self._changed, {}
+        gone: list[FileRow] = []
+        if not 0 <= now - self._expired < 3600:
+            self._expired = now
+            gone = self._registry.expire(now)
+            for row in gone:
+                changed.pop(id(row), None)
+        return list(changed.values()), [row for row in gone if row.number]
+
+    def _choose(self, changes: frozenset[str]) -> dict[str, SourceFile] | None:
+        """The known files among these paths; None when one of them may be a new file."""
+        paths = [path for path in changes if not path.startswith(self._telemetry)]
+        if any(path not in self._files for path in paths):
+            return None
+        return {path: self._files[path] for path in paths}
+
+    def _discover(self, now: float) -> None:
+        found = self._discovery.scan()
+        today = int(now) // 86_400 * 86_400
+        if found is self.found and today == self._today:
+            return
+        self.found, self._today = found, today
+        self._files = {str(file.path): file for file in found.files}
+        self._present = Counter((file.root, file.kind, "ok") for file in found.files)
+        for root, path, reason in found.unreadable:
+            self._present[root.alias, root.kind, "unreadable"] += 1
+            self._warn(str(path), reason)
+        for row in self._registry:
+            if row.path in self._files and row.seen != today:
+                row.seen = today
+                if row.cursor is not None:
+                    self._changed[id(row)] = row
+
+    def _look(
+        self, files: dict[str, SourceFile], states: Counter[tuple[str, str, str]]
+    ) -> list[tuple[SourceFile, tuple[int, int], int]]:
+        """Those that are not as they were left: file, (device, inode) and size."""
+        changed = []
+        row_at = self._registry.row_at
+        for path, file in files.items():
+            try:
+                status = os.stat(path)  # noqa: PTH116  every file, at every scrape: a Path would double the cost
+            except FileNotFoundError:
+                continue
+            except OSError as error:
+                self._note_unreadable(states, file, error.strerror or "io")
+                continue
+            row = row_at(path)
+            at = None if row is None else row.cursor
+            if (
+                at is None or at.offset != status.st_size or at.ino != status.st_ino or at.dev != status.st_dev
+                or at.changed not in {0, status.st_ctime_ns}
+            ):
+                changed.append((file, (status.st_dev, status.st_ino), status.st_size))
+        return changed
+
+    def _note_unreadable(self, states: Counter[tuple[str, str, str]], file: SourceFile, reason: str) -> None:
+        states[file.root, file.kind, "ok"] -= 1
+        if reason != "vanished":
+            states[file.root, file.kind, "unreadable"] += 1
+            self._warn(str(file.path), reason)
+
+    def _read(self, file: SourceFile, row: FileRow, budget: int) -> int:
+        """Read one file to its end, or until the budget is used up. Returns what is left of the budget."""
+        within = self._roots[file.kind, file.root]
+        while budget > 0:
+            chunk = self._tail.read(file.path, row.cursor, within)
+            if chunk is None:
+                break
+            if chunk.restarted:
+                row.replay, row.source, row.session, row.created, row.parent = True, file.source, "", 0, ""
+                self.stats[families.RESTARTED.name, (file.root, file.kind)] += 1
+            data, cursor = chunk.data, chunk.cursor
+            if chunk.partial and chunk.eof and usage_logs.complete(chunk.partial):
+                data, cursor = data + chunk.partial, accept_partial(chunk)
+            before = 0 if row.cursor is None or chunk.restarted else row.cursor.offset
+            self._count(file, chunk, data, cursor.offset - before)
+            if data:
+                self._apply(file, row, data)
+            moved = cursor != row.cursor
+            row.cursor, row.size = cursor, chunk.size
+            if moved:
+                self._registry.read(row)
+                self._changed[id(row)] = row
+            budget -= max(len(data), cursor.offset - before)
+            if chunk.eof:
+                break
+        return budget
+
+    def _count(self, file: SourceFile, chunk: Chunk, data: bytes, consumed: int) -> None:
+        where = (file.root, file.kind)
+        lines = data.count(b"\n") + (bool(data) and not data.endswith(b"\n")) + chunk.oversized
+        self.stats[families.BYTES_READ.name, where] += max(0, consumed)
+        self.stats[families.LINES_READ.name, where] += lines
+        if chunk.oversized:
+            self.stats[families.REJECTED.name, (*where, "oversized")] += chunk.oversized
+            self._warn(str(file.path), "a line is longer than --input.max-line-size and was skipped")
+
+    def _apply(self, file: SourceFile, row: FileRow, data: bytes) -> None:
+        if file.kind == "usage":
+            events, rejected = usage_logs.decode(data)
+            row.replay = self._ledger.apply_usage(file, events, replay=row.replay)
+        else:
+            records, rejected = session_files.decode(data)
+            if not row.source:
+                row.source = OMP if _TITLE.match(data) else PI
+            meta = SessionMeta(row.session, row.created, row.parent)
+            # Sub-agents are all called alike: without a header only the place of a file tells it from others.
+            by_name = session_files.session_key(file.path.stem) if "_" in file.path.stem else file.log
+            self._ledger.apply_session(file, row.source, meta, records, fallback=by_name)
+            row.session, row.created, row.parent = meta.session, meta.created, meta.parent
+            self._sessions.add(row.session or by_name)
+        for reason, count in rejected.items():
+            self.stats[families.REJECTED.name, (file.root, file.kind, reason)] += count
+
+    def _warn(self, path: str, reason: str) -> None:
+        """Say it once for each path: the metrics say it all the time."""
+        if (path, reason) not in self._warned and len(self._warned) < MAX_WARNED:
+            self._warned.add((path, reason))
+            log.warning("cannot read input", extra={"fields": {"path": path, "reason": reason}})

@@ -1,0 +1,305 @@
+"""Takes the settings, builds everything and runs it. The one file to read first.
+
+    discover -> watch -> tail -> decode -> ledger -> store (commit) -> expose
+
+One `step` takes what the files say now, commits it, and only then publishes it. A scrape makes a step first: it
+reflects every byte that was on disk when it arrived. The waker only makes steps happen between scrapes.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import threading
+import time
+from collections import Counter
+from importlib import metadata
+from typing import TYPE_CHECKING
+
+from coding_agent_exporter import families
+from coding_agent_exporter.counters import Counters
+from coding_agent_exporter.discover import Discovery
+from coding_agent_exporter.expose import Snapshot
+from coding_agent_exporter.heartbeat import InstanceDir
+from coding_agent_exporter.inputs import Inputs
+from coding_agent_exporter.instances import Instances
+from coding_agent_exporter.ledger import Book, Ledger
+from coding_agent_exporter.logs import fields
+from coding_agent_exporter.model import CounterKey, Pressure
+from coding_agent_exporter.pricing import Prices
+from coding_agent_exporter.store import Batch, Store, StoreError
+from coding_agent_exporter.tail import Tail
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
+    from coding_agent_exporter.config import Settings
+
+log = logging.getLogger(__name__)
+
+SCRAPE_PATIENCE = 8.0
+"""Seconds for which a scrape waits for a backlog to be read; Prometheus gives up after 10 by default."""
+
+
+class Pipeline:
+    """All state of the exporter. Thread-safe; `clock` gives epoch seconds.
+
+    Raises StoreError when the state file cannot be used.
+    """
+
+    def __init__(self, settings: Settings, *, clock: Callable[[], float] = time.time) -> None:
+        self.settings = settings
+        self.version = metadata.version("coding-agent-exporter")
+        self.started = clock()
+        self.scraped = threading.Condition()
+        self.broken = False
+        self.scrape_seconds = 0.0
+        """How long the latest scrape took, rendering included; whoever renders says so."""
+        self._clock = clock
+        self._lock = threading.RLock()
+        self._store = store = Store(settings.state_path)
+        self.caught_up = False
+        """Whether all that was on disk when the process started has been read: no series is shown for the first time
+        before that, as its first value is its baseline."""
+        baseline = json.loads(store.meta("baseline") or b"null")
+        self._new_baseline = None if baseline else {"started": self.started}
+        cutoff = (baseline or {"started": self.started})["started"] - settings.counters_baseline_age
+        book = Book(max_series=settings.counters_max_series, cutoff=cutoff, keys=store.labels())
+        self._ledger = Ledger(
+            store, Prices().estimate, book,
+            agent_label=settings.usage_agent_label, rate_limits=store.rate_limits(),
+        )
+        self.inputs = Inputs(
+            settings.roots, Discovery(settings.roots), Tail(max_line=settings.input_max_line_size),
+            self._ledger, store.files(),
+        )
+        self._dirs = [InstanceDir(root) for root in settings.roots if root.kind == "telemetry"]
+        self._present: dict[str, frozenset[str]] = {}
+        self._instances = Instances(
+            stale_after=settings.telemetry_stale_after,
+            forget_after=settings.telemetry_forget_after,
+            peak_window=settings.telemetry_peak_window,
+        )
+        self._counters = Counters(hold=settings.counters_zero_hold)
+        self._counters.load(store.counters())
+        self._load_instances()
+        self._preset()
+        self._states: Counter[tuple[str, str, str]] = Counter()
+        self._stats: Counter[CounterKey] = Counter({(families.COMMITS.name, (how,)): 0 for how in ("ok", "failed")})
+        self._pending: Batch | None = None
+        self._failing = False
+        self._published: list[tuple[CounterKey, int]] = []
+        self._held: list[CounterKey] = []
+        self._unpublished = False
+        self._revision = 0
+        self._delivered = -1
+        self._stopping = False
+        self._scrape_began = float("-inf")
+
+    # -- one step
+
+    def step(self, *, scrape: bool = False, changes: frozenset[str] | None = None) -> bool:
+        """Take what the files say now and commit it; for a scrape, publish it. Returns whether more is left to read.
+
+        `changes`: paths that are known to have changed since the last step; None: look at everything.
+
+        An exception that nobody foresaw may have left half of a step in memory. The state file is whole: the only
+        way on is a restart from there, so every later call raises too.
+        """
+        with self._lock:
+            if self.broken:
+                raise RuntimeError("a step failed, and the exporter has to be restarted")
+            try:
+                return self._step(scrape=scrape, changes=changes)
+            except BaseException:
+                self.broken = True
+                raise
+
+    def _step(self, *, scrape: bool, changes: frozenset[str] | None) -> bool:
+        began = time.monotonic()
+        now = self._ledger.now = self._clock()
+        self._read_heartbeats(now)
+        if self._settle_pending():
+            more = self.inputs.step(now, changes=changes)
+            if not more and not self.caught_up:
+                self.caught_up = True
+                log.info("caught up", extra=fields(files=len(self.inputs.found.files)))
+            self._commit(now, scrape=scrape)
+        else:
+            more = False
+            self.inputs.step(now, budget=0)
+        self._stats[families.STEPS.name, ()] += 1
+        self._stats[families.STEP_SECONDS.name, ()] += round((time.monotonic() - began) * 1e9)
+        return more
+
+    def scrape(self, patience: float = SCRAPE_PATIENCE) -> tuple[Snapshot, Callable[[], None]]:
+        """What a scrape that arrives now shall see, and what to call once it was delivered.
+
+        With a backlog it shows, after `patience` seconds, what has been read by then.
+        """
+        arrived = time.monotonic()
+        with self._lock:
+            # A scrape that waited here while another one, begun after it arrived, took its step has been served.
+            more = self._scrape_began < arrived
+            while more and time.monotonic() - arrived < patience:
+                self._scrape_began = time.monotonic()
+                more = self.step(scrape=True)
+            snapshot, held, revision = self._snapshot(), self._held, self._revision
+            viewed = self._instances.clock
+
+        def delivered() -> None:
+            now = self._clock()
+            with self._lock:
+                self._counters.scraped(held, now)
+                self._instances.scraped(viewed)
+            with self.scraped:
+                self._delivered = max(self._delivered, revision)
+                self.scraped.notify_all()
+
+        return snapshot, delivered
+
+    def final(self) -> bool:
+        """Whether a delivered scrape has shown all there is."""
+        with self._lock:
+            counters = self._counters
+            seen = self._delivered >= self._revision
+            return seen and self._pending is None and counters.pinned and not counters.waiting()
+
+    def stop(self) -> None:
+        """The exporter is about to stop: read what is there, and hold nothing back longer than one scrape."""
+        with self._lock:
+            # A hold longer than the linger would outlast it; a shorter one lets a second Prometheus see what is new.
+            self._stopping = self.settings.counters_zero_hold >= self.settings.shutdown_linger
+            while self.step():
+                pass
+
+    def close(self) -> None:
+        with self._lock:
+            self._store.close()
+
+    @property
+    def pending_commit(self) -> bool:
+        """Whether the state file could not be written, so that counters stand still."""
+        return self._pending is not None
+
+    # -- parts of a step
+
+    def _read_heartbeats(self, now: float) -> None:
+        self._states.clear()
+        for directory in self._dirs:
+            root = directory.root.alias
+            scan = directory.scan()
+            for name in self._present.get(root, frozenset()) - scan.present:
+                self._instances.gone(root, name, now)
+            self._present[root] = scan.present
+            for name, heartbeat in scan.changed:
+                counted = not self.inputs.reads_session(heartbeat.session_id)
+                self._instances.observe(root, name, heartbeat, now, count_compactions=counted)
+            for state, count in scan.states.items():
+                self._states[root, "telemetry", state] += count
+            for rejected in scan.rejected:
+                self._stats[families.REJECTED.name, (root, "telemetry", rejected.reason)] += rejected.count
+        self._instances.tick(now)
+        for key, amount in self._instances.take().items():
+            self._ledger.book.count(key, now, amount)
+
+    def _commit(self, now: float, *, scrape: bool) -> None:
+        changes = self._ledger.flush(complete=self.caught_up, now=now)
+        self._counters.add(changes.deltas)
+        if scrape and self._counters.pin(now, at_once=self._stopping, hidden=self.caught_up):
+            self._unpublished = True
+        counters = self._counters.take_changed()
+        rows, gone = self.inputs.take_changed(now)
+        meta: dict[str, bytes] = {}
+        if self._new_baseline is not None:
+            meta["baseline"] = json.dumps(self._new_baseline).encode()
+            self._new_baseline = None
+        if self._instances.dirty:
+            meta["instances"] = self._instances.dump()
+        self._pending = Batch(changes, counters, rows, gone, meta)
+        if self._settle_pending() and self._unpublished:
+            self._unpublished = not self.caught_up
+            self._published = list(self._counters.values(hidden=self.caught_up))
+            self._held = self._counters.waiting() if self.caught_up else []
+            self._revision += 1
+
+    def _settle_pending(self) -> bool:
+        """Commit what is waiting. While that fails nothing more is read: it would have nowhere to go."""
+        batch = self._pending
+        if batch is None:
+            return True
+        if not batch.empty:
+            try:
+                self._store.commit(batch)
+            except StoreError as error:
+                if not self._failing:
+                    log.error("counters stand still until this works", extra=fields(error=error))  # noqa: TRY400  one line
+                self._failing = True
+                self._stats[families.COMMITS.name, ("failed",)] += 1
+                return False
+            if self._failing:
+                log.info("the state file can be written again")
+            self._failing = False
+            self._stats[families.COMMITS.name, ("ok",)] += 1
+            self._ledger.trim()
+        self._pending = None
+        return True
+
+    def _snapshot(self) -> Snapshot:
+        now = self._clock()
+        internal: dict[CounterKey, float] = {}
+        for (name, labels), amount in (*self._stats.items(), *self.inputs.stats.items()):
+            internal[name, labels] = internal.get((name, labels), 0) + amount / families.BY_NAME[name].scale
+        for labels, times in self._ledger.rejected.items():
+            internal[families.REJECTED.name, labels] = internal.get((families.REJECTED.name, labels), 0) + times
+        internal[families.SERIES_DROPPED.name, ()] = self._ledger.book.overflowed
+        gauges: dict[tuple[str, tuple[str, ...]], float] = {
+            (families.SCRAPE_SECONDS.name, ()): self.scrape_seconds,
+            (families.STATE_BYTES.name, ()): self._store.size(),
+            (families.SERIES.name, ()): len(self._counters),
+            (families.OVERSHOOT.name, ()): self._counters.overshoot / families.OVERSHOOT.scale,
+        }
+        files = {**self._states, **self.inputs.states}
+        for root in self.settings.roots:
+            for state in ("ok", "unreadable", *(("invalid",) if root.kind == "telemetry" else ())):
+                where = (root.alias, root.kind, state)
+                gauges[families.SOURCE_FILES.name, where] = files.get(where, 0)
+            if root.kind != "telemetry":
+                gauges[families.LAG_BYTES.name, where[:2]] = self.inputs.lag.get(where[:2], 0)
+        return Snapshot(
+            now=now,
+            version=self.version,
+            counters=self._published,
+            held=self._held,
+            internal=internal,
+            gauges=gauges,
+            instances=self._instances.view(now),
+            activities={
+                (root.alias, activity): count
+                for root in self.settings.roots if root.kind == "telemetry"
+                for activity, count in self._instances.counts(root.alias).items()
+            },
+            rate_limits=self._ledger.rate_limits,
+            info_labels=frozenset(self.settings.telemetry_info_labels),
+        )
+
+    # -- building
+
+    def _load_instances(self) -> None:
+        stored = self._store.meta("instances")
+        if stored is not None:
+            try:
+                self._instances.load(stored)
+            except ValueError as error:
+                # Only tells which agents were alive: worth a line, not a refusal.
+                log.warning("the remembered agents are unreadable", extra=fields(error=error))
+
+    def _preset(self) -> None:
+        """Counters whose label sets are known exist from the start, so that their first event is an increase."""
+        for root in self.settings.roots:
+            if root.kind != "usage":
+                self._counters.preset((families.COMPACTIONS.name, (root.alias,)))
+            if root.kind == "telemetry":
+                self._counters.preset((families.LOST.name, (root.alias,)))
+                for pressure in (Pressure.APPROACHING_LIMIT, Pressure.NEAR_LIMIT, Pressure.AT_LIMIT):
+                    self._counters.preset((families.CROSSINGS.name, (root.alias, pressure.value)))

@@ -1,0 +1,105 @@
+"""Takes the settings, gives a running exporter: the loop between scrapes and the order of shutdown."""
+
+from __future__ import annotations
+
+import logging
+import signal
+import threading
+import time
+from typing import TYPE_CHECKING
+
+from coding_agent_exporter.logs import fields
+from coding_agent_exporter.pipeline import Pipeline
+from coding_agent_exporter.watch import Waker, create
+from coding_agent_exporter.web import Server
+from coding_agent_exporter.webapp import App
+
+if TYPE_CHECKING:
+    from types import FrameType
+
+    from coding_agent_exporter.config import Settings
+
+log = logging.getLogger(__name__)
+
+MIN_INTERVAL = 0.05
+"""Seconds between steps that changes cause: catches a 250 ms peak, and bounds what busy agents cost."""
+
+MAX_INTERVAL = 10.0
+"""Seconds after which a step is made without a cause: staleness, and what no notification told of."""
+
+def serve(settings: Settings) -> int:
+    """Run until SIGTERM or SIGINT. Returns the exit code; raises OSError when it cannot start."""
+    stop, hurry = threading.Event(), threading.Event()
+    pipeline = Pipeline(settings)
+    try:
+        waker = create(settings.watch_poll_interval, force_polling=settings.watch_force_polling)
+        try:
+            app = App(pipeline, waker)
+            app.server = server = Server(
+                settings.web_listen_address, app,
+                telemetry_path=settings.web_telemetry_path, web_config=settings.web_config_file,
+                max_connections=settings.web_max_connections,
+            )
+
+            def ask_to_stop(_: int, __: FrameType | None) -> None:
+                if stop.is_set():
+                    hurry.set()
+                stop.set()
+                waker.wake()
+
+            before = {number: signal.signal(number, ask_to_stop) for number in (signal.SIGTERM, signal.SIGINT)}
+            server.start()
+            try:
+                log.info("listening", extra=fields(
+                    version=pipeline.version, address=" ".join(_address(*address) for address in server.addresses),
+                    path=settings.web_telemetry_path, state=settings.state_path))
+                _loop(pipeline, waker, stop)
+                log.info("stopping", extra=fields(linger=settings.shutdown_linger))
+                pipeline.stop()
+                _linger(pipeline, settings.shutdown_linger, hurry)
+            finally:
+                server.stop()
+                for number, handler in before.items():
+                    signal.signal(number, handler)
+        finally:
+            waker.close()
+    finally:
+        pipeline.close()
+    log.info("stopped")
+    return 0
+
+
+def _loop(pipeline: Pipeline, waker: Waker, stop: threading.Event) -> None:
+    more, looked = False, float("-inf")
+    while not stop.is_set():
+        changes = None
+        if not more:
+            waker.watch(pipeline.inputs.found.watch)
+            if waker.wait(MAX_INTERVAL) and looked > time.monotonic() - MAX_INTERVAL:
+                changes = waker.changes
+        began = time.monotonic()
+        looked = began if changes is None else looked
+        more = pipeline.step(changes=changes)
+        if not more:
+            stop.wait(max(0.0, MIN_INTERVAL - (time.monotonic() - began)))
+
+
+def _linger(pipeline: Pipeline, seconds: float, hurry: threading.Event) -> None:
+    """Stay until a scrape has seen everything, the time is up, or a second signal came."""
+    began = time.monotonic()
+    deadline = began + seconds
+    # With a hold there are several servers: one that has seen everything does not speak for the others.
+    hold = pipeline.settings.counters_zero_hold
+    enough = began + (hold if hold < seconds else 0.0)
+    while (left := deadline - time.monotonic()) > 0 and not hurry.is_set():
+        if pipeline.final() and time.monotonic() >= enough:
+            break
+        with pipeline.scraped:
+            pipeline.scraped.wait(min(left, 0.2))
+        pipeline.step()
+    if seconds > 0:
+        log.info("lingered", extra=fields(final=pipeline.final()))
+
+
+def _address(host: str, port: int) -> str:
+    return f"[{host}]:{port}" if ":" in host else f"{host}:{port}"
