@@ -1,7 +1,7 @@
 # make run    the exporter, from this checkout:  make run ARGS="--web.listen-address=:9000"
 # make test   the tests; ARGS goes to pytest:    make test ARGS="tests/test_config.py -k env"
 # make lint   ruff, mypy, import-linter, and whether the generated docs are up to date
-# make bench  the benchmarks
+# make bench  the benchmarks; ARGS="--full" adds one of 5,000,000 events
 # make docs   write the generated docs
 # make clean  remove what the above made
 #
@@ -31,14 +31,14 @@ test: $(VENV)/.package $(VENV)/.dev
 	$(PY) -m pytest $(ARGS)
 
 lint: $(VENV)/.package $(VENV)/.dev
-	$(VENV)/bin/ruff check src tests
+	$(VENV)/bin/ruff check src tests benchmarks
 	$(VENV)/bin/mypy
 	$(VENV)/bin/lint-imports
 	@$(call markdown_of,config) | diff -u docs/configuration.md - || $(outdated)
 	@$(call markdown_of,families) | diff -u docs/metrics.md - || $(outdated)
 
 bench: $(VENV)/.package $(VENV)/.dev
-	@set -e; for bench in tests/bench_*.py; do echo "$$bench"; $(PY) "$$bench" $(ARGS); done
+	$(PY) -m benchmarks $(ARGS)
 
 docs: $(VENV)/.package
 	$(call markdown_of,config) > docs/configuration.md

@@ -4,11 +4,14 @@ from __future__ import annotations
 
 import os
 import platform
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
+from prometheus_client import CollectorRegistry, generate_latest
+from prometheus_client.openmetrics.exposition import generate_latest as openmetrics_latest
 from prometheus_client.openmetrics.parser import text_string_to_metric_families as parse_openmetrics
 
 from coding_agent_exporter import families
@@ -137,3 +140,14 @@ def test_the_metrics_document_is_generated_from_the_table() -> None:
     """`make docs` writes it."""
     document = Path(__file__).parent.parent / "docs" / "metrics.md"
     assert document.read_text() == families.markdown()
+
+
+@pytest.mark.parametrize(("library", "accept"), [(generate_latest, "text/plain"), (openmetrics_latest, OPENMETRICS)])
+def test_the_encoder_gives_what_the_library_gives(
+    library: Callable[[CollectorRegistry], bytes], accept: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Byte for byte: ours is only faster."""
+    monkeypatch.setattr("coding_agent_exporter.expose._process.collect", list)
+    registry = CollectorRegistry(auto_describe=False)
+    registry.register(SnapshotCollector(snapshot()))
+    assert render(snapshot(), accept)[0] == library(registry)

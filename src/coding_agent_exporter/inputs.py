@@ -57,25 +57,30 @@ class Inputs:
         self._sessions: set[str] = {row.session for row in self._registry if row.session}
         self._today = 0
         self._expired = 0.0
-        self._more = False
+        self._rest: dict[str, SourceFile] = {}
+        """What the budget of the step before did not reach: the next one goes on there."""
 
     def reads_session(self, session: str) -> bool:
         """Whether a session file of this session is among what is read."""
         return session in self._sessions
 
     def step(self, now: float, *, budget: int = STEP_BYTES, changes: frozenset[str] | None = None) -> bool:
-        """Read what was appended, up to `budget` bytes (0: only look). Returns whether more may be left.
+        """Read what was appended, up to `budget` bytes (0: only look). Returns whether more is left.
 
         `changes` are the paths that are known to have changed since the last step; None: look at all.
         """
-        chosen = None if self._more or changes is None else self._choose(changes)
-        if chosen is None:
-            self._discover(now)
-            chosen = self._files
+        chosen = self._rest or (None if changes is None else self._choose(changes))
         states = Counter(self._present)
+        changed = [] if chosen is None else self._look(chosen, states)
+        if chosen is None or not all(self._is_same(file, inode) for file, inode, _ in changed):
+            # Where one file took the place of another, only a look at all tells what became of the one before.
+            self._discover(now)
+            chosen, states = self._files, Counter(self._present)
+            changed = self._look(chosen, states)
         lag: Counter[tuple[str, str]] = Counter()
-        changed = self._look(chosen, states)
         rows = self._registry.resolve([(file, inode) for file, inode, _ in changed])
+        self._rest = {}
+        only_look = budget <= 0
         for (file, _, size), row in zip(changed, rows, strict=True):
             row.size = size
             try:
@@ -85,10 +90,13 @@ class Inputs:
             offset = 0 if row.cursor is None else row.cursor.offset
             if row.size > offset:
                 lag[file.root, file.kind] += row.size - offset
+                if budget <= 0 and not only_look:
+                    self._rest[str(file.path)] = file
         if chosen is self._files:
-            self.states, self.lag = dict(states), dict(lag)
-            self._more = budget <= 0
-        return self._more or budget <= 0
+            self.states = dict(states)
+        if changes is None:
+            self.lag = dict(lag)
+        return bool(self._rest)
 
     def take_changed(self, now: float) -> tuple[list[FileRow], list[FileRow]]:
         """The rows to store, and those to delete, once."""
@@ -100,6 +108,11 @@ class Inputs:
             for row in gone:
                 changed.pop(id(row), None)
         return list(changed.values()), [row for row in gone if row.number]
+
+    def _is_same(self, file: SourceFile, inode: tuple[int, int]) -> bool:
+        """Whether the file is, by its inode, the one that its path's row is about."""
+        row = self._registry.row_at(str(file.path))
+        return row is not None and row.cursor is not None and (row.cursor.dev, row.cursor.ino) == inode
 
     def _choose(self, changes: frozenset[str]) -> dict[str, SourceFile] | None:
         """The known files among these paths; None when one of them may be a new file."""

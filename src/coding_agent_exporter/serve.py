@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import logging
 import signal
 import threading
@@ -29,6 +30,7 @@ MAX_INTERVAL = 10.0
 
 def serve(settings: Settings) -> int:
     """Run until SIGTERM or SIGINT. Returns the exit code; raises OSError when it cannot start."""
+    relax_gc()
     stop, hurry = threading.Event(), threading.Event()
     pipeline = Pipeline(settings)
     try:
@@ -67,6 +69,16 @@ def serve(settings: Settings) -> int:
         pipeline.close()
     log.info("stopped")
     return 0
+
+
+def relax_gc() -> None:
+    """Look for reference cycles more rarely: there are hardly any, and decoding makes many objects that live shortly.
+
+    A fifth of the time that a large backlog takes went into looking.
+    """
+    gc.collect()
+    gc.freeze()
+    gc.set_threshold(50_000, 20, 20)
 
 
 def _loop(pipeline: Pipeline, waker: Waker, stop: threading.Event) -> None:

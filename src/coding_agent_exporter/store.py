@@ -12,7 +12,7 @@ import os
 import sqlite3
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from coding_agent_exporter.counters import HIDDEN, OPEN, Series
 from coding_agent_exporter.model import CounterKey, Cursor, FileRow, RateLimit
@@ -44,6 +44,11 @@ _MIGRATIONS: tuple[str, ...] = (
         seen INTEGER NOT NULL);
     """,
 )
+
+
+CHECKED_BYTES = 64 << 20
+"""A state file up to this size is checked as a whole when it is opened: half a second where nothing of it is cached.
+Damage in a larger one is found when the damaged page is read, and ends the exporter then."""
 
 
 class StoreError(OSError):
@@ -109,9 +114,10 @@ class Store:
             db.execute("PRAGMA synchronous = NORMAL")
             db.execute("PRAGMA cache_size = -2048")
             db.execute("PRAGMA wal_autocheckpoint = 1000")
-            check = db.execute("PRAGMA quick_check(1)").fetchone()[0]
-            if check != "ok":
-                raise sqlite3.DatabaseError(check)
+            if path.stat().st_size <= CHECKED_BYTES:
+                check = db.execute("PRAGMA quick_check(1)").fetchone()[0]
+                if check != "ok":
+                    raise sqlite3.DatabaseError(check)
             _migrate(db, path)
         except StoreError:
             if db is not None:
@@ -165,11 +171,18 @@ class Store:
     # -- the ledger's storage
 
     def account(self, key: str) -> bytes | None:
-        row = self._db.execute("SELECT value FROM accounts WHERE key = ?", (key,)).fetchone()
+        row = self._one("SELECT value FROM accounts WHERE key = ?", key)
         return None if row is None else row[0]
 
     def has_figures(self, digest: int) -> bool:
-        return self._db.execute("SELECT 1 FROM figures WHERE digest = ?", (digest,)).fetchone() is not None
+        return self._one("SELECT 1 FROM figures WHERE digest = ?", digest) is not None
+
+    def _one(self, query: str, parameter: str | int) -> tuple[Any, ...] | None:
+        try:
+            row: tuple[Any, ...] | None = self._db.execute(query, (parameter,)).fetchone()
+        except sqlite3.Error as error:
+            raise StoreError(f"cannot read the state file {self.path}: {error}") from error
+        return row
 
     def quiet(self, before: int, limit: int) -> list[str]:
         rows = self._db.execute(
