@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING
 import pytest
 
 from coding_agent_exporter.web import server as server_module
-from web_support import DEADLINE, FakeApp, connect, eventually, exchange, get, read_all, serving
+from web_support import DEADLINE, FakeApp, connect, eventually, exchange, get, read_all, read_until, serving
 
 if TYPE_CHECKING:
     from coding_agent_exporter.web import Server
@@ -56,12 +56,12 @@ def test_longest_idle_makes_room() -> None:
     with serving(max_connections=2) as server, connect(server) as first, connect(server) as second:
         eventually(lambda: waiting(server) == 2)
         first.sendall(SCRAPE)
-        assert first.recv(65536).endswith(b"up 1\n")
+        assert read_until(first, b"up 1\n").endswith(b"up 1\n")
         eventually(lambda: waiting(server) == 2)  # and `second` has waited longer
         assert get(server).status == 200
         assert read_all(second) == b""
         first.sendall(SCRAPE)
-        assert first.recv(65536).endswith(b"up 1\n")
+        assert read_until(first, b"up 1\n").endswith(b"up 1\n")
 
 
 def test_busy_connections_stay() -> None:
@@ -76,7 +76,7 @@ def test_busy_connections_stay() -> None:
         assert (answer.status, answer.headers["connection"]) == (503, "close")
         assert server.refused == 1
         app.gate.set()
-        assert all(client.recv(65536).endswith(b"up 1\n") for client in (one, two))
+        assert all(read_until(client, b"up 1\n").endswith(b"up 1\n") for client in (one, two))
 
 
 def test_slow_readers_do_not_block(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -117,7 +117,7 @@ def test_slow_loris(requests_before: int) -> None:
     with serving(read_timeout=0.3) as server, connect(server) as client:
         for _ in range(requests_before):
             client.sendall(SCRAPE)
-            assert client.recv(65536).endswith(b"up 1\n")
+            assert read_until(client, b"up 1\n").endswith(b"up 1\n")
         stop = threading.Event()
 
         def drip() -> None:

@@ -98,6 +98,14 @@ def read_all(client: socket.socket) -> bytes:
     return received
 
 
+def read_until(client: socket.socket, end: bytes) -> bytes:
+    """What comes until it ends so; a reply may come in several pieces."""
+    received = b""
+    while not received.endswith(end) and (data := client.recv(65536)):
+        received += data
+    return received
+
+
 def exchange(server: Server, request: bytes) -> bytes:
     """Send bytes on a connection of their own, and give everything that comes back until it is closed."""
     with connect(server) as client:
