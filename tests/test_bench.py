@@ -6,7 +6,7 @@ from dataclasses import asdict
 from pathlib import Path
 
 import pytest
-from benchmarks import ingest, sections, table
+from benchmarks import conversations, ingest, sections, spans, table
 from benchmarks.generate import generate
 from benchmarks.process import total
 from benchmarks.sections import Size
@@ -58,6 +58,30 @@ def test_a_wrong_total_is_no_result(tmp_path: Path, monkeypatch: pytest.MonkeyPa
     monkeypatch.setattr(ingest, "pipeline", lambda *_: (ingest.Speed(1e9, 1e9), 0))
     with pytest.raises(sections.WrongTotalError):
         sections.speed(tmp_path, size=TINY, runs=1)
+
+
+def test_session_files_are_the_same_every_time(tmp_path: Path) -> None:
+    """As the usage logs are; and what is expected of them is counted while they are written."""
+    first = conversations.generate(tmp_path / "a", sessions=3, start=spans.START * 1000)
+    again = conversations.generate(tmp_path / "b", sessions=3, start=spans.START * 1000)
+    assert asdict(first) == asdict(again)
+    assert contents(tmp_path / "a") == contents(tmp_path / "b")
+    assert first.size == sum(map(len, contents(tmp_path / "a").values()))
+
+
+def test_every_span_reaches_the_collector(tmp_path: Path) -> None:
+    """From session files through the outbox and the real worker, and a running exporter's turns one by one."""
+    rows = spans.spans(tmp_path, sessions=3, count=2, runs=1)
+    assert [row.what for row in rows if row.target] == [
+        "turn's last line to its span's arrival, median", "RSS with OTLP over HTTP"]
+
+
+def test_a_lost_span_is_no_result(tmp_path: Path) -> None:
+    """A worker that loses spans stops the benchmark instead of looking fast."""
+    truth = conversations.generate(tmp_path / "sessions", sessions=1, start=spans.START * 1000)
+    truth.spans += 1
+    with pytest.raises(spans.LostSpansError):
+        spans.through(tmp_path / "sessions", tmp_path / "state", truth)
 
 
 def test_tables_are_aligned_or_markdown() -> None:

@@ -217,6 +217,7 @@ class TestCheck:
             "config file      none",
             "web config file  none",
             "state file       ~/.local/state/coding-agent-exporter/state.db  will be made",
+            "otlp collector   none",
             "",
             "telemetry  pi    ~/.pi/agent/telemetry/instances  nothing yet",
             "usage      mngr  ~/.mngr                          not there yet",
@@ -254,7 +255,8 @@ class TestCheck:
         document: dict[str, Any] = json.loads(capsys.readouterr().out)
         assert document == {
             "settings": {"listen_address": ":10464", "metrics_path": "/metrics", "config_file": "none",
-                         "web_config_file": "none", "state_file": f"{tmp_path}/state.db"},
+                         "web_config_file": "none", "state_file": f"{tmp_path}/state.db",
+                         "otlp_collector": "none"},
             "roots": [{"kind": "telemetry", "alias": "pi",
                        "path": f"{tmp_path}/.pi/agent/telemetry/instances",
                        "exists": True, "found": {"instance files": 2}, "problems": ["bad"]}],

@@ -3,17 +3,19 @@
 from __future__ import annotations
 
 import argparse
+import json
 import re
 import subprocess
 import tomllib
 from dataclasses import dataclass
+from datetime import datetime
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import pytest
 from prometheus_client.parser import text_string_to_metric_families
 
-from coding_agent_exporter import cli, config, families, webconfig
+from coding_agent_exporter import cli, config, families, spans, webconfig
 from coding_agent_exporter.model import Activity, Pressure
 
 if TYPE_CHECKING:
@@ -33,7 +35,7 @@ VALUES = {
     "provenance": {"reported", "estimated"},
     "token_type": {"input", "output", "cache_read", "cache_creation"},
     "state": {"ok", "unreadable", "invalid"},
-    "outcome": {"ok", "failed"},
+    "outcome": {"ok", "failed", "error", "unknown"},
 }
 """Labels with a closed set of values."""
 
@@ -184,7 +186,11 @@ def test_scrape_configuration_is_taken(block: Block, tool: Callable[[str], str],
     assert f"localhost{port}" in block.text
 
 
-@pytest.mark.parametrize("block", [each for each in blocks("yaml") if "scrape_configs" not in each.text], ids=str)
+FOREIGN = ("scrape_configs:", "receivers:")
+"""What opens the YAML of other programs: Prometheus, OpenTelemetry Collector."""
+
+
+@pytest.mark.parametrize("block", [each for each in blocks("yaml") if not each.text.startswith(FOREIGN)], ids=str)
 def test_web_configuration_is_taken(block: Block) -> None:
     """All other YAML is a web configuration that can be honoured as it stands."""
     assert webconfig.parse(block.text.encode(), ROOT / "web.yml").notes == ()
@@ -205,6 +211,38 @@ def test_the_service_starts_the_exporter(block: Block, tmp_path: Path) -> None:
     patience = re.search(r"^TimeoutStopSec=(\d+)s$", block.text, re.MULTILINE)
     assert patience is not None
     assert int(patience[1]) > settings.shutdown_linger
+
+
+def test_the_documented_attributes_are_those_of_spans() -> None:
+    """docs/spans.md names every attribute that a span can have, and no other; and so do all other pages."""
+    names = r"`((?:gen_ai|coding_agent|error)\.[a-z_.]*[a-z])`"
+    metrics = {family.otlp for family in families.FAMILIES}
+    written = {page.name: set(re.findall(names, page.read_text(encoding="utf-8"))) - metrics for page in PAGES}
+    # The name of an event, which stands on a span, but is no attribute of it.
+    assert written.pop("spans.md") == spans.ALLOWED | {spans.COMPACTION}
+    assert {name for found in written.values() for name in found} <= spans.ALLOWED | {spans.COMPACTION}
+
+
+def trees() -> set[str]:
+    """The recorded traces as docs/spans.md shows them: name, start, duration, cost, error."""
+    def lines(node: dict[str, Any], zero: datetime, depth: int = 0) -> Iterator[str]:
+        start, end = datetime.fromisoformat(node["start"]), datetime.fromisoformat(node["end"])
+        at, took = (round(span.total_seconds() * 1000) for span in (start - zero, end - start))
+        name, found = "  " * depth + node["name"], node["attributes"]
+        cost, error = found.get("coding_agent.cost.usd", ""), found.get("error.type", "")
+        yield f"{name:29}{at:7} ms{took:7} ms  {cost!s:10} {error}".rstrip() + "\n"
+        for child in node.get("children", ()):
+            yield from lines(child, zero, depth + 1)
+
+    golden = (ROOT / "tests" / "data" / "spans").glob("*.json")
+    roots = [root for path in golden for root in json.loads(path.read_text(encoding="utf-8"))]
+    return {"".join(lines(root, datetime.fromisoformat(root["start"]))) for root in roots}
+
+
+@pytest.mark.parametrize("block", [each for each in blocks("text") if each.text.startswith("invoke_agent")], ids=str)
+def test_the_traces_shown_are_recorded_ones(block: Block) -> None:
+    """A trace in the documentation is what the exporter makes of a recording."""
+    assert block.text in trees()
 
 
 @on_every_page

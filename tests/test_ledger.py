@@ -36,8 +36,9 @@ class Memory:
     def has_figures(self, digest: int) -> bool:
         return digest in self.figures
 
-    def quiet(self, before: int, limit: int) -> list[str]:
-        return [key for key, saved in self.saved.items() if not saved.settled and saved.touched < before][:limit]
+    def quiet(self, kind: str, before: int, limit: int) -> list[str]:
+        found = [key for key, saved in self.saved.items() if not saved.settled and saved.touched < before]
+        return [key for key in found if key.startswith(f"{kind}\n")][:limit]
 
 
 class Bench:

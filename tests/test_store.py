@@ -10,6 +10,7 @@ import pytest
 from coding_agent_exporter.counters import HIDDEN, OPEN, Series
 from coding_agent_exporter.ledger import Changes, Saved
 from coding_agent_exporter.model import CounterKey, Cursor, FileRow, RateLimit
+from coding_agent_exporter.spanmodel import Span
 from coding_agent_exporter.store import Batch, Store, StoreError
 
 KEY: CounterKey = ("coding_agent_messages_total", ("r", "s", "p", 'a "quoted"\nmodel', "api_key"))
@@ -17,7 +18,7 @@ KEY: CounterKey = ("coding_agent_messages_total", ("r", "s", "p", 'a "quoted"\nm
 
 def batch() -> Batch:
     changes = Changes(
-        accounts={"opencode:1": Saved(b"blob", 1000, settled=False)},
+        accounts={"session\nopencode\n1": Saved(b"blob", 1000, settled=False)},
         labels=[(0, KEY[1])],
         figures={-5, 2**62},
         rate_limits={("r", "claude", "five_hour"): RateLimit(45.5, 2000.0, 18000.0, 1000.0)},
@@ -36,10 +37,10 @@ def test_everything_that_was_committed_is_there_after_a_restart(tmp_path: Path) 
     store = Store(tmp_path / "deep" / "state.db")
     assert dict(store.counters()) == {KEY: Series(2**70, 2**71, -3, OPEN, number=1)}
     assert store.labels() == [KEY[1]]
-    assert store.account("opencode:1") == b"blob"
+    assert store.account("session\nopencode\n1") == b"blob"
     assert [store.has_figures(digest) for digest in (-5, 2**62, 5)] == [True, True, False]
-    assert store.quiet(1001, 10) == ["opencode:1"]
-    assert store.quiet(1000, 10) == []
+    assert store.quiet("session", 1001, 10) == ["session\nopencode\n1"]
+    assert store.quiet("session", 1000, 10) == []
     assert store.rate_limits() == stored.changes.rate_limits
     assert store.meta("baseline") == b"{}"
     (row,) = store.files()
@@ -77,9 +78,9 @@ def test_a_settled_account_is_not_quiet_any_more(tmp_path: Path) -> None:
     """It is done with once."""
     store = Store(tmp_path / "state.db")
     store.commit(batch())
-    store.commit(Batch(Changes(accounts={"opencode:1": Saved(b"small", 2000, settled=True)})))
-    assert store.account("opencode:1") == b"small"
-    assert store.quiet(5000, 10) == []
+    store.commit(Batch(Changes(accounts={"session\nopencode\n1": Saved(b"small", 2000, settled=True)})))
+    assert store.account("session\nopencode\n1") == b"small"
+    assert store.quiet("session", 5000, 10) == []
     store.close()
 
 
@@ -100,11 +101,11 @@ def test_a_failed_commit_stores_nothing_of_its_batch(tmp_path: Path) -> None:
     store._db.execute(f"PRAGMA max_page_count = {pages}")
     big = batch()
     big.meta["baseline"] = b"changed"
-    big.changes.accounts["opencode:2"] = Saved(b"x" * 100_000, 0, settled=False)
+    big.changes.accounts["session\nopencode\n2"] = Saved(b"x" * 100_000, 0, settled=False)
     with pytest.raises(StoreError, match="full"):
         store.commit(big)
     assert store.meta("baseline") == b"{}"
-    assert store.account("opencode:2") is None
+    assert store.account("session\nopencode\n2") is None
     store._db.execute("PRAGMA max_page_count = 1000000")
     store.commit(big)
     assert store.meta("baseline") == b"changed"
@@ -157,6 +158,28 @@ def test_a_place_that_cannot_be_written_is_named(tmp_path: Path) -> None:
         Store(tmp_path / "file" / "state.db")
 
 
+def a_span(number: int) -> Span:
+    return Span(f"{number:032x}", f"{number:016x}", "", "chat m", "client", number, number + 1, {"a": ["x"], "b": 1.5})
+
+
+def test_spans_wait_in_the_order_in_which_they_were_committed(tmp_path: Path) -> None:
+    """In the transaction of the lines they came from; numbers are never used again."""
+    store = Store(tmp_path / "state.db")
+    for now in (100, 200):
+        store.commit(Batch(Changes(spans=[a_span(now), a_span(now + 1)]), now=now))
+    store.close()
+    store = Store(tmp_path / "state.db")
+    assert store.spans(3) == [(1, a_span(100)), (2, a_span(101)), (3, a_span(200))]
+    assert store.forget_spans([1, 4, 99]) == 2
+    store.commit(Batch(Changes(spans=[a_span(300)]), now=300))
+    assert [number for number, _ in store.spans(10)] == [2, 3, 5]
+    assert store.expire_spans(before=150) == 1
+    assert store.expire_spans(surplus=1) == 1
+    assert [number for number, _ in store.spans(10)] == [5]
+    assert store.count_spans() == 1
+    store.close()
+
+
 FROZEN_V1 = {
     "meta": ["key TEXT", "value BLOB"],
     "counters": [
@@ -164,6 +187,7 @@ FROZEN_V1 = {
     ],
     "labels": ["number INTEGER", "value TEXT"],
     "figures": ["digest INTEGER"],
+    "outbox": ["number INTEGER", "created INTEGER", "value BLOB"],
     "accounts": ["key TEXT", "touched INTEGER", "settled INTEGER", "value BLOB"],
     "files": [
         "number INTEGER", "kind TEXT", "log TEXT", "path TEXT", "dev INTEGER", "ino INTEGER", "offset INTEGER",
@@ -176,7 +200,10 @@ def test_the_stored_format_is_the_one_that_was_released(tmp_path: Path) -> None:
     """Changing it takes a migration, and a new entry here."""
     Store(tmp_path / "state.db").close()
     db = sqlite3.connect(tmp_path / "state.db")
-    tables = [name for (name,) in db.execute("SELECT name FROM sqlite_master WHERE type = 'table'")]
+    tables = [
+        name for (name,) in db.execute("SELECT name FROM sqlite_master WHERE type = 'table'")
+        if not name.startswith("sqlite_")
+    ]
     found = {name: [f"{row[1]} {row[2]}" for row in db.execute(f"PRAGMA table_info({name})")] for name in tables}
     version = db.execute("PRAGMA user_version").fetchone()[0]
     db.close()

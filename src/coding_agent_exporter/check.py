@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from coding_agent_exporter import webconfig
+from coding_agent_exporter.export.target import resolve
 from coding_agent_exporter.web import access
 
 if TYPE_CHECKING:
@@ -50,6 +51,7 @@ def examine(settings: Settings, roots: Sequence[RootReport]) -> Report:
         Finding("config file", str(settings.config_file or "none")),
         _web_config(settings.web_config_file),
         _state(settings.state_path),
+        _otlp(settings),
     ), tuple(roots))
 
 
@@ -61,6 +63,18 @@ def _web_config(file: Path | None) -> Finding:
     except (OSError, ValueError) as error:
         return Finding("web config file", str(file), problem=str(error))
     return Finding("web config file", str(file), "valid")
+
+
+def _otlp(settings: Settings) -> Finding:
+    """Where spans go: flags and the standard variables decide together."""
+    try:
+        target = resolve(
+            os.environ, endpoint=settings.otlp_endpoint, protocol=settings.otlp_protocol,
+            headers=settings.otlp_headers, compression=settings.otlp_compression, timeout=settings.otlp_timeout or None,
+        )
+    except ValueError as error:
+        return Finding("otlp collector", settings.otlp_endpoint, problem=str(error))
+    return Finding("otlp collector", "none" if target is None else target.url)
 
 
 def _state(file: Path) -> Finding:

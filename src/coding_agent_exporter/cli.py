@@ -110,6 +110,8 @@ def _serve(_: argparse.Namespace, load: Load) -> int:
 
     try:
         return serve.serve(settings)
+    except config.ConfigError:
+        raise
     except webconfig.WebConfigError as error:
         raise config.ConfigError(f"web.config.file: {error}") from error
     except OSError as error:

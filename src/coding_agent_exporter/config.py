@@ -60,6 +60,18 @@ class Settings:
     counters_baseline_age: float
     counters_max_series: int
     shutdown_linger: float
+    otlp_endpoint: str
+    otlp_protocol: str
+    otlp_headers: str
+    otlp_compression: str
+    otlp_timeout: float
+    otlp_flush_timeout: float
+    otlp_pi_spans: Literal["sessions", "usage"]
+    otlp_backfill: bool
+    otlp_max_queue: int
+    otlp_max_age: float
+    otlp_metrics: bool
+    otlp_metrics_interval: float
     watch_poll_interval: float
     watch_force_polling: bool
     input_max_line_size: int

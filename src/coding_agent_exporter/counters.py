@@ -50,7 +50,7 @@ class Counters:
         self._hold = hold
         self._series: dict[CounterKey, Series] = {}
         self._waiting: set[CounterKey] = set()
-        self._changed: set[CounterKey] = set()
+        self._changed: dict[CounterKey, None] = {}
         self._unpinned: set[CounterKey] = set()
         self.overshoot = 0
 
@@ -85,7 +85,7 @@ class Counters:
                 series.first += delta.baseline
             self._note_overshoot(key, series, 1)
             self._unpinned.add(key)
-            self._changed.add(key)
+            self._changed[key] = None
 
     def pin(self, now: float, *, at_once: bool = False, hidden: bool = True) -> bool:
         """A scrape is about to see the values as they are now: they must not fall below that any more.
@@ -112,7 +112,7 @@ class Counters:
                 series.state = OPEN
                 self._waiting.discard(key)
                 self._raise(key, series)
-                self._changed.add(key)
+                self._changed[key] = None
                 differs = True
         return differs
 
@@ -153,7 +153,7 @@ class Counters:
             self._note_overshoot(key, series, -1)
             series.shown = value
             self._note_overshoot(key, series, 1)
-            self._changed.add(key)
+            self._changed[key] = None
 
     def _note_overshoot(self, key: CounterKey, series: Series, sign: int) -> None:
         if key[0] == families.COST.name:

@@ -6,14 +6,14 @@ import platform
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
-from prometheus_client.core import Metric
+from prometheus_client.core import Exemplar, Metric
 from prometheus_client.exposition import choose_encoder
 from prometheus_client.process_collector import ProcessCollector
 from prometheus_client.registry import Collector
 from prometheus_client.utils import floatToGoString
 
 from coding_agent_exporter import families
-from coding_agent_exporter.model import Activity, CounterKey, Instance, Pressure, RateLimit
+from coding_agent_exporter.model import Activity, CounterKey, Instance, Mark, Pressure, RateLimit
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Sequence
@@ -41,7 +41,10 @@ class Snapshot:
     activities: dict[tuple[str, Activity], int] = field(default_factory=dict)
     rate_limits: dict[tuple[str, str, str], RateLimit] = field(default_factory=dict)
     info_labels: frozenset[str] = frozenset()
-    final: bool = False
+    exemplars: dict[CounterKey, Mark] = field(default_factory=dict)
+    """The latest observation of a histogram's bucket, by the bucket's counter."""
+    started: float = 0.0
+    """Epoch seconds of the very first start: since then, counters have been counting."""
 
 
 class SnapshotCollector(Collector):
@@ -53,7 +56,11 @@ class SnapshotCollector(Collector):
     def collect(self) -> Iterator[Metric]:
         snapshot = self._snapshot
         samples: dict[str, Metric] = {family.name: _metric(family) for family in families.FAMILIES}
-        for (name, values), number in snapshot.counters:
+        for key, number in snapshot.counters:
+            name, values = key
+            if name in families.HISTOGRAMS:
+                _histogram(samples, key, number, snapshot.exemplars.get(key))
+                continue
             family = families.BY_NAME[name]
             labels = family.labels
             if len(values) > len(labels):  # the agent's label, which a setting adds to usage
@@ -76,6 +83,7 @@ class SnapshotCollector(Collector):
                 _add(samples, families.RATE_LIMIT_WINDOW, window, limit.window_seconds)
         _add(samples, families.BUILD_INFO, (snapshot.version, platform.python_version()), 1)
         yield from (metric for metric in samples.values() if metric.samples)
+
 
 
 class _Fixed:
@@ -127,7 +135,12 @@ def _encode(metrics: Sequence[Metric], *, openmetrics: bool) -> bytes:
         for sample in metric.samples:
             labels = ",".join([f'{label}="{_escape(value)}"' for label, value in sorted(sample.labels.items())])
             value = floatToGoString(sample.value)  # type: ignore[no-untyped-call] # the library leaves it untyped
-            lines.append(f"{sample.name}{{{labels}}} {value}\n" if labels else f"{sample.name} {value}\n")
+            mark = sample.exemplar if openmetrics else None
+            tail = ""
+            if mark is not None:
+                marks = ",".join([f'{label}="{_escape(text)}"' for label, text in mark.labels.items()])
+                tail = f" # {{{marks}}} {floatToGoString(mark.value)} {mark.timestamp}"  # type: ignore[no-untyped-call]
+            lines.append(f"{sample.name}{{{labels}}} {value}{tail}\n" if labels else f"{sample.name} {value}\n")
     if openmetrics:
         lines.append("# EOF\n")
     return "".join(lines).encode()
@@ -143,8 +156,27 @@ def _metric(family: Family) -> Metric:
         return Metric(name.removesuffix("_total"), family.help, "counter")
     if family.type == "info":
         return Metric(name.removesuffix("_info"), family.help, "info")
+    if family.type == "histogram":
+        return Metric(name, family.help, "histogram")
     # OpenMetrics wants the label of a state set to bear the family's name; a gauge per state says the same.
     return Metric(name, family.help, "gauge")
+
+
+def _histogram(samples: dict[str, Metric], key: CounterKey, number: int, mark: Mark | None) -> None:
+    (name, values), (family, part) = key, families.HISTOGRAMS[key[0]]
+    if family.otlp:
+        return
+    metric = samples[family.name]
+    labels = dict(zip(family.labels, values, strict=False))
+    if part == "sum":
+        metric.add_sample(name, labels, number / family.scale)
+        return
+    exemplar = None
+    if mark is not None:
+        exemplar = Exemplar({"trace_id": mark.trace, "span_id": mark.span}, mark.value, mark.at)
+    metric.add_sample(name, {**labels, "le": values[-1]}, number, exemplar=exemplar)
+    if values[-1] == families.INF:
+        metric.add_sample(f"{family.name}_count", labels, number)
 
 
 def _add(samples: dict[str, Metric], family: Family, values: Sequence[str], value: float) -> None:

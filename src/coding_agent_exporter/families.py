@@ -8,7 +8,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Literal
 
-MetricType = Literal["counter", "gauge", "stateset", "info"]
+MetricType = Literal["counter", "gauge", "stateset", "info", "histogram"]
 
 USAGE = ("root", "source", "provider", "model", "cost_mode")
 INSTANCE = ("root", "pid")
@@ -24,6 +24,10 @@ class Family:
     help: str
     scale: int = 1
     """Counters are integers inside; the shown value is the integer divided by this."""
+    buckets: tuple[float, ...] = ()
+    """Upper bounds of a histogram, without +Inf, in the unit of its name."""
+    otlp: str = ""
+    """The name under which a family goes out over OTLP, and nowhere else."""
 
 
 def _pico(name: str, labels: tuple[str, ...], text: str) -> Family:
@@ -82,6 +86,30 @@ RATE_LIMIT_RESETS = Family("coding_agent_rate_limit_resets_timestamp_seconds", "
 RATE_LIMIT_WINDOW = Family("coding_agent_rate_limit_window_seconds", "gauge", ("root", "source", "window"),
                            "Length of the rate-limit window.")
 
+CALL = ("root", "source", "provider", "model")
+# From a quick tool to an hour's work: agents think long.
+_SECONDS = (0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 30.0, 60.0, 120.0, 300.0, 600.0, 1800.0, 3600.0)
+
+TURNS = Family("coding_agent_turns_total", "counter", (*CALL, "stop_reason"),
+               "Turns (a model call with the tools it asked for), by why the call ended.")
+TURN_SECONDS = Family("coding_agent_turn_duration_seconds", "histogram", CALL,
+                      "How long turns took, tools included.", scale=10**6, buckets=_SECONDS)
+TOOL_CALLS = Family("coding_agent_tool_calls_total", "counter", ("root", "source", "tool", "outcome"),
+                    "Tool executions by outcome; unknown: no result was recorded.")
+TOOL_SECONDS = Family("coding_agent_tool_duration_seconds", "histogram", ("root", "source", "tool"),
+                      "How long tools ran; of tools that ran at once, pi records the slowest one's time for all.",
+                      scale=10**6, buckets=_SECONDS)
+FIRST_TOKEN_SECONDS = Family("coding_agent_time_to_first_token_seconds", "histogram", CALL,
+                             "From the start of a model call to its first token, where the agent records it.",
+                             scale=10**6, buckets=(0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 20.0, 30.0, 60.0, 120.0))
+# The conventions' own metrics, with the conventions' buckets.
+GENAI_DURATION = Family("gen_ai_client_operation_duration", "histogram", (*CALL, "error"),
+                        "Duration of model calls.", scale=10**6, otlp="gen_ai.client.operation.duration",
+                        buckets=tuple(0.01 * 2**power for power in range(14)))
+GENAI_TOKENS = Family("gen_ai_client_token_usage", "histogram", (*CALL, "token_type"),
+                      "Tokens of model calls.", otlp="gen_ai.client.token.usage",
+                      buckets=tuple(float(4**power) for power in range(14)))
+
 BUILD_INFO = Family("coding_agent_exporter_build_info", "info", ("version", "python_version"),
                     "Version of the exporter and of the Python that runs it; always 1.")
 SCRAPE_SECONDS = Family("coding_agent_exporter_last_scrape_duration_seconds", "gauge", (),
@@ -113,6 +141,14 @@ WEB_ERRORS = Family("coding_agent_exporter_web_errors_total", "counter", (),
                     "Requests, or connections, that failed through a fault of the exporter.")
 WEB_REFUSED = Family("coding_agent_exporter_web_refused_total", "counter", (),
                      "Connections turned away because --web.max-connections were busy.")
+SPANS_PENDING = Family("coding_agent_exporter_spans_pending", "gauge", (),
+                       "Finished spans in the outbox, not yet taken by the collector.")
+SPANS_EXPORTED = Family("coding_agent_exporter_spans_exported_total", "counter", (), "Spans that the collector took.")
+SPANS_FAILED = Family("coding_agent_exporter_spans_export_failures_total", "counter", (),
+                      "Attempts to send spans that failed and will be made again.")
+SPANS_DROPPED = Family("coding_agent_exporter_spans_dropped_total", "counter", ("reason",),
+                       "Spans that will never arrive: refused by the collector, too large, too old, or past the "
+                       "bound of the outbox.")
 WATCH_FALLBACK = Family("coding_agent_exporter_watch_polling", "gauge", (),
                         "1 while file change notification does not work and directories are polled.")
 
@@ -121,11 +157,26 @@ FAMILIES: tuple[Family, ...] = (
     INSTANCE_INFO, ACTIVITY, ACTIVITY_SINCE, CONTEXT_PERCENT, CONTEXT_PEAK, CONTEXT_TOKENS, CONTEXT_WINDOW,
     PRESSURE, NEAR_LIMIT, CLOSE_TO_LIMIT, CROSSINGS, COMPACTIONS, INSTANCES, HEARTBEAT, START, STALE, LOST,
     RATE_LIMIT_USED, RATE_LIMIT_RESETS, RATE_LIMIT_WINDOW,
+    TURNS, TURN_SECONDS, FIRST_TOKEN_SECONDS, TOOL_CALLS, TOOL_SECONDS, GENAI_DURATION, GENAI_TOKENS,
     BUILD_INFO, SCRAPE_SECONDS, STEPS, STEP_SECONDS, SOURCE_FILES, BYTES_READ, LINES_READ, REJECTED, RESTARTED,
     LAG_BYTES, COMMITS, STATE_BYTES, SERIES, SERIES_DROPPED, OVERSHOOT, WATCH_FALLBACK,
-    WEB_ERRORS, WEB_REFUSED,
+    WEB_ERRORS, WEB_REFUSED, SPANS_PENDING, SPANS_EXPORTED, SPANS_FAILED, SPANS_DROPPED,
 )
 BY_NAME: dict[str, Family] = {family.name: family for family in FAMILIES}
+HISTOGRAMS: dict[str, tuple[Family, str]] = {
+    f"{family.name}_{part}": (family, part)
+    for family in FAMILIES if family.type == "histogram" for part in ("bucket", "sum")
+}
+"""Counter name -> histogram and part. A histogram is kept as counters: its buckets, cumulative and labelled `le`, the
+last of which is its count; and its sum, in the family's integer unit."""
+
+INF = "+Inf"
+
+
+def bounds(family: Family) -> tuple[str, ...]:
+    """The upper bounds of a histogram's buckets, as values of the label `le`."""
+    return (*map(str, family.buckets), INF)
+
 
 _GROUPS = (
     ("Usage", "What was spent, from usage logs and session files.", (COST, TOKENS, MESSAGES, UNPRICED, SESSIONS)),
@@ -135,6 +186,9 @@ _GROUPS = (
     ("Context", "How full context windows are.",
      (CONTEXT_PERCENT, CONTEXT_PEAK, CONTEXT_TOKENS, CONTEXT_WINDOW, PRESSURE, NEAR_LIMIT, CLOSE_TO_LIMIT, CROSSINGS,
       COMPACTIONS)),
+    ("Turns", ("From session files (pi and oh-my-pi). In OpenMetrics, histograms carry the trace of a recent turn as "
+               "an exemplar."),
+     (TURNS, TURN_SECONDS, FIRST_TOKEN_SECONDS, TOOL_CALLS, TOOL_SECONDS)),
     ("Rate limits", "As a harness last reported them; absent once the window is over.",
      (RATE_LIMIT_USED, RATE_LIMIT_RESETS, RATE_LIMIT_WINDOW)),
     ("Exporter", "The exporter's own health. Its counters start over when it restarts; all others do not.",
@@ -153,6 +207,9 @@ _VALUES = (
     ("activity", "`working`, `waiting_input`, `unknown`"),
     ("pressure", "`normal`, `approaching_limit` (85 %), `near_limit` (95 %), `at_limit` (100 %)"),
     ("window", "as the harness names it: `five_hour`, `seven_day`"),
+    ("stop_reason", "`stop`, `toolUse`, `length`, `error`, `aborted`, `other`"),
+    ("tool", "name of the tool; `other` past 200 names of a root"),
+    ("outcome", "`ok`, `error`, `unknown`"),
     ("kind", "`telemetry`, `usage`, `sessions`"),
 )
 

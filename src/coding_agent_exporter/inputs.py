@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING
 
 from coding_agent_exporter import families
 from coding_agent_exporter.decode import session as session_files
+from coding_agent_exporter.decode import turns as turn_lines
 from coding_agent_exporter.decode import usage as usage_logs
 from coding_agent_exporter.discover import Discovery, Found
 from coding_agent_exporter.ledger import Ledger, SessionMeta
@@ -20,6 +21,7 @@ if TYPE_CHECKING:
     from collections.abc import Iterable, Sequence
 
     from coding_agent_exporter.model import CounterKey, FileRow, Root, SourceFile
+    from coding_agent_exporter.runs import Runs
 
 log = logging.getLogger(__name__)
 
@@ -38,7 +40,8 @@ class Inputs:
     """Reads usage logs and session files. Counts what it does in `stats`, what it sees in `states` and `lag`."""
 
     def __init__(
-        self, roots: Sequence[Root], discovery: Discovery, tail: Tail, ledger: Ledger, rows: Iterable[FileRow]
+        self, roots: Sequence[Root], discovery: Discovery, tail: Tail, ledger: Ledger, runs: Runs,
+        rows: Iterable[FileRow],
     ) -> None:
         self.stats: Counter[CounterKey] = Counter()
         self.states: dict[tuple[str, str, str], int] = {}
@@ -49,6 +52,10 @@ class Inputs:
         self._discovery = discovery
         self._tail = tail
         self._ledger = ledger
+        self._runs = runs
+        self._now = 0.0
+        self.arrived = 0.0
+        """When the lines that are being applied were written, as far as their file tells; epoch seconds."""
         self._registry = Registry(rows)
         self._files: dict[str, SourceFile] = {}
         self._present: Counter[tuple[str, str, str]] = Counter()
@@ -69,6 +76,7 @@ class Inputs:
 
         `changes` are the paths that are known to have changed since the last step; None: look at all.
         """
+        self._now = now
         chosen = self._rest or (None if changes is None else self._choose(changes))
         states = Counter(self._present)
         changed = [] if chosen is None else self._look(chosen, states)
@@ -81,8 +89,8 @@ class Inputs:
         rows = self._registry.resolve([(file, inode) for file, inode, _ in changed])
         self._rest = {}
         only_look = budget <= 0
-        for (file, _, size), row in zip(changed, rows, strict=True):
-            row.size = size
+        for (file, _, status), row in zip(changed, rows, strict=True):
+            row.size, row.mtime = status.st_size, status.st_mtime
             try:
                 budget = self._read(file, row, budget)
             except Unreadable as error:
@@ -140,8 +148,8 @@ class Inputs:
 
     def _look(
         self, files: dict[str, SourceFile], states: Counter[tuple[str, str, str]]
-    ) -> list[tuple[SourceFile, tuple[int, int], int]]:
-        """Those that are not as they were left: file, (device, inode) and size."""
+    ) -> list[tuple[SourceFile, tuple[int, int], os.stat_result]]:
+        """Those that are not as they were left: file, (device, inode) and status."""
         changed = []
         row_at = self._registry.row_at
         for path, file in files.items():
@@ -158,7 +166,7 @@ class Inputs:
                 at is None or at.offset != status.st_size or at.ino != status.st_ino or at.dev != status.st_dev
                 or at.changed not in {0, status.st_ctime_ns}
             ):
-                changed.append((file, (status.st_dev, status.st_ino), status.st_size))
+                changed.append((file, (status.st_dev, status.st_ino), status))
         return changed
 
     def _note_unreadable(self, states: Counter[tuple[str, str, str]], file: SourceFile, reason: str) -> None:
@@ -206,6 +214,7 @@ class Inputs:
     def _apply(self, file: SourceFile, row: FileRow, data: bytes) -> None:
         if file.kind == "usage":
             events, rejected = usage_logs.decode(data)
+            self.arrived = min(self._now, row.mtime)
             row.replay = self._ledger.apply_usage(file, events, replay=row.replay)
         else:
             records, rejected = session_files.decode(data)
@@ -215,6 +224,8 @@ class Inputs:
             # Sub-agents are all called alike: without a header only the place of a file tells it from others.
             by_name = session_files.session_key(file.path.stem) if "_" in file.path.stem else file.log
             self._ledger.apply_session(file, row.source, meta, records, fallback=by_name)
+            turns, _ = turn_lines.decode(data)  # what is malformed was counted above
+            self._runs.apply_session(file, row.source, row.session or by_name, turns, self._now)
             row.session, row.created, row.parent = meta.session, meta.created, meta.parent
             self._sessions.add(row.session or by_name)
         for reason, count in rejected.items():

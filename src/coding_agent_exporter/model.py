@@ -152,6 +152,16 @@ class Delta:
 
 
 @dataclass(frozen=True, slots=True)
+class Mark:
+    """What an exemplar shows: an observation (in the unit of its histogram), when it was, and its span (hex ids)."""
+
+    value: float
+    at: float
+    trace: str
+    span: str
+
+
+@dataclass(frozen=True, slots=True)
 class RateLimit:
     """One rate-limit window as a source last reported it. `resets_at` is epoch seconds."""
 
@@ -268,3 +278,4 @@ class FileRow:
     seen: int = 0
     number: int = 0
     size: int = 0
+    mtime: float = 0.0

@@ -77,6 +77,7 @@ GROUPS = {
     "state": "State: what survives a restart",
     "counters": "Counters",
     "shutdown": "Shutdown",
+    "otlp": "OTLP: spans and metrics to a collector",
     "watch": "Watch: how changes are noticed",
     "input": "Input",
     "log": "Log: on standard error",
@@ -130,6 +131,31 @@ OPTIONS: tuple[Option, ...] = (
 
     Option("shutdown.linger", DURATION, "0",
            "Longest wait, after SIGTERM, for a scrape that has seen the final values."),
+
+    Option("otlp.endpoint", WORD, "",
+           "Base URL of an OTLP collector, such as http://localhost:4318: finished turns go there as spans. Without "
+           "one, here or in OTEL_EXPORTER_OTLP_ENDPOINT, nothing is sent. All standard OTEL_EXPORTER_OTLP_* variables "
+           "are honoured; these flags win."),
+    Option("otlp.protocol", WORD, "", "http/protobuf (the default), or grpc (needs the extra [grpc]).",
+           choices=("", "http/protobuf", "grpc")),
+    Option("otlp.headers", WORD, "", "Headers to send: name=value,... with percent-encoded values."),
+    Option("otlp.compression", WORD, "", "gzip, or none (the default).", choices=("", "none", "gzip")),
+    Option("otlp.timeout", DURATION, "0", "Longest time for one request; 0: what the variables say, else 10s."),
+    Option("otlp.flush-timeout", DURATION, "5s", "Longest time, at shutdown, for sending what is in the outbox."),
+    Option("otlp.pi-spans", WORD, "sessions",
+           "Where spans of pi and oh-my-pi come from: their session files (whole trees of turns and tools), or usage "
+           "logs (one span per message), for where session files are not mounted.", choices=("sessions", "usage")),
+    Option("otlp.backfill", SWITCH, "false",
+           "Also send what had ended longer than --counters.baseline-age before the very first start. Settle this "
+           "before the first start."),
+    Option("otlp.max-queue", COUNT, "200000", "Most spans that wait for a collector; the oldest are dropped.",
+           least="1"),
+    Option("otlp.max-age", DURATION, "7d", "Longest time that a span waits for a collector.", least="1m"),
+    Option("otlp.metrics", SWITCH, "false",
+           "Send metrics to the collector too. Each push counts as a scrape: where Prometheus scrapes as well, set "
+           "--counters.zero-hold."),
+    Option("otlp.metrics-interval", DURATION, "0",
+           "How often metrics are sent; 0: what OTEL_METRIC_EXPORT_INTERVAL says, else 60s."),
 
     Option("watch.poll-interval", DURATION, "200ms",
            "How often directories are looked at where inotify does not work.", least="10ms"),

@@ -12,6 +12,7 @@ import json
 import logging
 import threading
 import time
+import uuid
 from collections import Counter
 from importlib import metadata
 from typing import TYPE_CHECKING
@@ -23,10 +24,12 @@ from coding_agent_exporter.expose import Snapshot
 from coding_agent_exporter.heartbeat import InstanceDir
 from coding_agent_exporter.inputs import Inputs
 from coding_agent_exporter.instances import Instances
-from coding_agent_exporter.ledger import Book, Ledger
+from coding_agent_exporter.ledger import PI_SOURCES, Book, Ledger
 from coding_agent_exporter.logs import fields
 from coding_agent_exporter.model import CounterKey, Pressure
+from coding_agent_exporter.outbox import Outbox
 from coding_agent_exporter.pricing import Prices
+from coding_agent_exporter.runs import Runs
 from coding_agent_exporter.store import Batch, Store, StoreError
 from coding_agent_exporter.tail import Tail
 
@@ -34,8 +37,12 @@ if TYPE_CHECKING:
     from collections.abc import Callable
 
     from coding_agent_exporter.config import Settings
+    from coding_agent_exporter.model import CounterKey, SourceFile, UsageEvent
 
 log = logging.getLogger(__name__)
+
+USAGE_SPANS = frozenset({"opencode"})
+"""Sources whose sessions are in no file that is read: their spans come from usage logs."""
 
 SCRAPE_PATIENCE = 8.0
 """Seconds for which a scrape waits for a backlog to be read; Prometheus gives up after 10 by default."""
@@ -44,10 +51,14 @@ SCRAPE_PATIENCE = 8.0
 class Pipeline:
     """All state of the exporter. Thread-safe; `clock` gives epoch seconds.
 
+    `spans`: whether there is a collector to make spans for; `committed` is called when new ones are in the outbox.
     Raises StoreError when the state file cannot be used.
     """
 
-    def __init__(self, settings: Settings, *, clock: Callable[[], float] = time.time) -> None:
+    def __init__(
+        self, settings: Settings, *, clock: Callable[[], float] = time.time, spans: bool = False,
+        committed: Callable[[], None] = lambda: None,
+    ) -> None:
         self.settings = settings
         self.version = metadata.version("coding-agent-exporter")
         self.started = clock()
@@ -62,16 +73,33 @@ class Pipeline:
         """Whether all that was on disk when the process started has been read: no series is shown for the first time
         before that, as its first value is its baseline."""
         baseline = json.loads(store.meta("baseline") or b"null")
-        self._new_baseline = None if baseline else {"started": self.started}
-        cutoff = (baseline or {"started": self.started})["started"] - settings.counters_baseline_age
+        self._new_baseline = None if baseline else {"started": self.started, "instance": ""}
+        self.first_start = first_start = (baseline or {"started": self.started})["started"]
+        self.instance: str = (baseline or {}).get("instance") or str(uuid.uuid4())
+        """Stays the same over restarts."""
+        cutoff = first_start - settings.counters_baseline_age
         book = Book(max_series=settings.counters_max_series, cutoff=cutoff, keys=store.labels())
         self._ledger = Ledger(
             store, Prices().estimate, book,
             agent_label=settings.usage_agent_label, rate_limits=store.rate_limits(),
         )
+        self._runs = Runs(
+            store, book, self._ledger.mode,
+            wanted=spans,
+            since=0.0 if settings.otlp_backfill else cutoff,
+            usage_sources=USAGE_SPANS | (PI_SOURCES if settings.otlp_pi_spans == "usage" else frozenset()),
+            max_models=max(10, settings.counters_max_series // 16),
+        )
+        if spans:
+            self._ledger.observe = self._note_message
         self.inputs = Inputs(
             settings.roots, Discovery(settings.roots), Tail(max_line=settings.input_max_line_size),
-            self._ledger, store.files(),
+            self._ledger, self._runs, store.files(),
+        )
+        self._committed = committed
+        self.outbox = Outbox(
+            store, self._lock, most=settings.otlp_max_queue, oldest=settings.otlp_max_age,
+            history=first_start if settings.otlp_backfill else 0.0,
         )
         self._dirs = [InstanceDir(root) for root in settings.roots if root.kind == "telemetry"]
         self._present: dict[str, frozenset[str]] = {}
@@ -82,6 +110,7 @@ class Pipeline:
         )
         self._counters = Counters(hold=settings.counters_zero_hold)
         self._counters.load(store.counters())
+        self._runs.restore(key for key, _ in self._counters.values())
         self._load_instances()
         self._preset()
         self._states: Counter[tuple[str, str, str]] = Counter()
@@ -124,7 +153,8 @@ class Pipeline:
             if not more and not self.caught_up:
                 self.caught_up = True
                 log.info("caught up", extra=fields(files=len(self.inputs.found.files)))
-            self._commit(now, scrape=scrape)
+            self._commit(now, scrape=scrape, more=more)
+            self._bound_outbox(now)
         else:
             more = False
             self.inputs.step(now, budget=0)
@@ -167,6 +197,7 @@ class Pipeline:
 
     def stop(self) -> None:
         """The exporter is about to stop: read what is there, and hold nothing back longer than one scrape."""
+        self.outbox.stop()
         with self._lock:
             # A hold longer than the linger would outlast it; a shorter one lets a second Prometheus see what is new.
             self._stopping = self.settings.counters_zero_hold >= self.settings.shutdown_linger
@@ -181,6 +212,30 @@ class Pipeline:
     def pending_commit(self) -> bool:
         """Whether the state file could not be written, so that counters stand still."""
         return self._pending is not None
+
+    def _bound_outbox(self, now: float) -> None:
+        if self._pending is not None:
+            return
+        try:
+            self.outbox.bound(now)
+        except StoreError as error:
+            self._note_failure(error)
+
+    def _note_failure(self, error: StoreError) -> None:
+        if not self._failing:
+            log.error("counters stand still until this works", extra=fields(error=error))
+        self._failing = True
+        self._stats[families.COMMITS.name, ("failed",)] += 1
+
+    def _note_message(
+        self, file: SourceFile, session: str, message: str, event: UsageEvent, following: UsageEvent | None, first: bool
+    ) -> None:
+        if self._runs.wants_messages(file.source):
+            # A backlog has arrived when its last line did; no call lasted into the next one of its session, though.
+            arrived = self.inputs.arrived
+            if following is not None:
+                arrived = min(arrived, following.timestamp.timestamp())
+            self._runs.apply_message(file, session, message, event, arrived, first=first)
 
     # -- parts of a step
 
@@ -203,8 +258,13 @@ class Pipeline:
         for key, amount in self._instances.take().items():
             self._ledger.book.count(key, now, amount)
 
-    def _commit(self, now: float, *, scrape: bool) -> None:
+    def _commit(self, now: float, *, scrape: bool, more: bool) -> None:
+        if self.caught_up and not more:
+            self._runs.tick(now)
+        sessions, spans = self._runs.flush(now)
         changes = self._ledger.flush(complete=self.caught_up, now=now)
+        changes.spans = spans
+        changes.accounts.update(sessions)
         self._counters.add(changes.deltas)
         if scrape and self._counters.pin(now, at_once=self._stopping, hidden=self.caught_up):
             self._unpublished = True
@@ -212,11 +272,11 @@ class Pipeline:
         rows, gone = self.inputs.take_changed(now)
         meta: dict[str, bytes] = {}
         if self._new_baseline is not None:
-            meta["baseline"] = json.dumps(self._new_baseline).encode()
+            meta["baseline"] = json.dumps({**self._new_baseline, "instance": self.instance}).encode()
             self._new_baseline = None
         if self._instances.dirty:
             meta["instances"] = self._instances.dump()
-        self._pending = Batch(changes, counters, rows, gone, meta)
+        self._pending = Batch(changes, counters, rows, gone, meta, int(now))
         if self._settle_pending() and self._unpublished:
             self._unpublished = not self.caught_up
             self._published = list(self._counters.values(hidden=self.caught_up))
@@ -232,16 +292,17 @@ class Pipeline:
             try:
                 self._store.commit(batch)
             except StoreError as error:
-                if not self._failing:
-                    log.error("counters stand still until this works", extra=fields(error=error))  # noqa: TRY400  one line
-                self._failing = True
-                self._stats[families.COMMITS.name, ("failed",)] += 1
+                self._note_failure(error)
                 return False
             if self._failing:
                 log.info("the state file can be written again")
             self._failing = False
             self._stats[families.COMMITS.name, ("ok",)] += 1
             self._ledger.trim()
+            self._runs.trim()
+            self.outbox.added(batch.changes.spans)
+            if batch.changes.spans:
+                self._committed()
         self._pending = None
         return True
 
@@ -253,10 +314,13 @@ class Pipeline:
         for labels, times in self._ledger.rejected.items():
             internal[families.REJECTED.name, labels] = internal.get((families.REJECTED.name, labels), 0) + times
         internal[families.SERIES_DROPPED.name, ()] = self._ledger.book.overflowed
+        for why, dropped in self.outbox.dropped.items():
+            internal[families.SPANS_DROPPED.name, (why,)] = dropped
         gauges: dict[tuple[str, tuple[str, ...]], float] = {
             (families.SCRAPE_SECONDS.name, ()): self.scrape_seconds,
             (families.STATE_BYTES.name, ()): self._store.size(),
             (families.SERIES.name, ()): len(self._counters),
+            (families.SPANS_PENDING.name, ()): self.outbox.size(),
             (families.OVERSHOOT.name, ()): self._counters.overshoot / families.OVERSHOOT.scale,
         }
         files = {**self._states, **self.inputs.states}
@@ -280,6 +344,8 @@ class Pipeline:
                 for activity, count in self._instances.counts(root.alias).items()
             },
             rate_limits=self._ledger.rate_limits,
+            exemplars=dict(self._runs.exemplars),
+            started=self.first_start,
             info_labels=frozenset(self.settings.telemetry_info_labels),
         )
 

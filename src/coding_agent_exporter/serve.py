@@ -4,11 +4,17 @@ from __future__ import annotations
 
 import gc
 import logging
+import os
 import signal
 import threading
 import time
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, TypedDict
 
+from coding_agent_exporter.config import ConfigError
+from coding_agent_exporter.export import create as create_exporter
+from coding_agent_exporter.export.metrics import create_metrics
+from coding_agent_exporter.export.target import resolve
+from coding_agent_exporter.expose import Snapshot, SnapshotCollector
 from coding_agent_exporter.logs import fields
 from coding_agent_exporter.pipeline import Pipeline
 from coding_agent_exporter.watch import Waker, create
@@ -19,6 +25,8 @@ if TYPE_CHECKING:
     from types import FrameType
 
     from coding_agent_exporter.config import Settings
+    from coding_agent_exporter.export import Exporter
+    from coding_agent_exporter.export.metrics import MetricsExporter
 
 log = logging.getLogger(__name__)
 
@@ -32,8 +40,15 @@ def serve(settings: Settings) -> int:
     """Run until SIGTERM or SIGINT. Returns the exit code; raises OSError when it cannot start."""
     relax_gc()
     stop, hurry = threading.Event(), threading.Event()
-    pipeline = Pipeline(settings)
+    exporter: Exporter | None = None
+
+    def wake_exporter() -> None:
+        if exporter is not None:
+            exporter.wake()
+
+    pipeline = Pipeline(settings, spans=_wants_spans(settings), committed=wake_exporter)
     try:
+        exporter = _exporter(settings, pipeline)
         waker = create(settings.watch_poll_interval, force_polling=settings.watch_force_polling)
         try:
             app = App(pipeline, waker)
@@ -50,7 +65,12 @@ def serve(settings: Settings) -> int:
                 waker.wake()
 
             before = {number: signal.signal(number, ask_to_stop) for number in (signal.SIGTERM, signal.SIGINT)}
+            app.exporter = exporter
+            metrics = _metrics_exporter(settings, pipeline, app)
+            pushers = [pusher for pusher in (exporter, metrics) if pusher is not None]
             server.start()
+            for pusher in pushers:
+                pusher.start()
             try:
                 log.info("listening", extra=fields(
                     version=pipeline.version, address=" ".join(_address(*address) for address in server.addresses),
@@ -60,6 +80,9 @@ def serve(settings: Settings) -> int:
                 pipeline.stop()
                 _linger(pipeline, settings.shutdown_linger, hurry)
             finally:
+                deadline = time.monotonic() + settings.otlp_flush_timeout
+                for pusher in pushers:
+                    pusher.stop(max(0.1, deadline - time.monotonic()))
                 server.stop()
                 for number, handler in before.items():
                     signal.signal(number, handler)
@@ -69,6 +92,49 @@ def serve(settings: Settings) -> int:
         pipeline.close()
     log.info("stopped")
     return 0
+
+
+class _Otlp(TypedDict):
+    endpoint: str
+    protocol: str
+    headers: str
+    compression: str
+    timeout: float | None
+
+
+def _otlp(settings: Settings) -> _Otlp:
+    return {
+        "endpoint": settings.otlp_endpoint, "protocol": settings.otlp_protocol, "headers": settings.otlp_headers,
+        "compression": settings.otlp_compression, "timeout": settings.otlp_timeout or None,
+    }
+
+
+def _wants_spans(settings: Settings) -> bool:
+    """Whether there is a collector for spans. Raises ConfigError."""
+    try:
+        return resolve(os.environ, **_otlp(settings)) is not None
+    except ValueError as error:
+        raise ConfigError(str(error)) from error
+
+
+def _exporter(settings: Settings, pipeline: Pipeline) -> Exporter | None:
+    try:
+        return create_exporter(
+            pipeline.outbox, os.environ, version=pipeline.version, instance=pipeline.instance, **_otlp(settings))
+    except ValueError as error:
+        raise ConfigError(str(error)) from error
+
+
+def _metrics_exporter(settings: Settings, pipeline: Pipeline, app: App) -> MetricsExporter[Snapshot] | None:
+    if not settings.otlp_metrics:
+        return None
+    try:
+        return create_metrics(
+            app.collect, lambda snapshot: SnapshotCollector(snapshot).collect(), os.environ, version=pipeline.version,
+            instance=pipeline.instance, started=pipeline.started, interval=settings.otlp_metrics_interval or None,
+            **_otlp(settings))
+    except ValueError as error:
+        raise ConfigError(str(error)) from error
 
 
 def relax_gc() -> None:

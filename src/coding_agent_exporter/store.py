@@ -14,11 +14,14 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import msgspec
+
 from coding_agent_exporter.counters import HIDDEN, OPEN, Series
 from coding_agent_exporter.model import CounterKey, Cursor, FileRow, RateLimit
+from coding_agent_exporter.spanmodel import Span
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator
+    from collections.abc import Iterator, Sequence
 
     from coding_agent_exporter.ledger.accounts import Changes
 
@@ -37,6 +40,7 @@ _MIGRATIONS: tuple[str, ...] = (
         key TEXT PRIMARY KEY, touched INTEGER NOT NULL, settled INTEGER NOT NULL, value BLOB NOT NULL);
     CREATE INDEX accounts_unsettled ON accounts (touched) WHERE settled = 0;
     CREATE TABLE figures (digest INTEGER PRIMARY KEY);
+    CREATE TABLE outbox (number INTEGER PRIMARY KEY AUTOINCREMENT, created INTEGER NOT NULL, value BLOB NOT NULL);
     CREATE TABLE files (
         number INTEGER PRIMARY KEY, kind TEXT NOT NULL, log TEXT NOT NULL, path TEXT NOT NULL,
         dev INTEGER NOT NULL, ino INTEGER NOT NULL, offset INTEGER NOT NULL, digest BLOB NOT NULL,
@@ -55,6 +59,10 @@ class StoreError(OSError):
     """The state file cannot be used. The message is one line for an operator."""
 
 
+_span = msgspec.msgpack.Decoder(Span)
+_encode = msgspec.msgpack.Encoder().encode
+
+
 @dataclass(slots=True)
 class Batch:
     """One transaction."""
@@ -64,6 +72,8 @@ class Batch:
     files: list[FileRow] = field(default_factory=list)
     forgotten: list[FileRow] = field(default_factory=list)
     meta: dict[str, bytes] = field(default_factory=dict)
+    now: int = 0
+    """Epoch seconds; the age of spans counts from here."""
 
     @property
     def empty(self) -> bool:
@@ -184,11 +194,51 @@ class Store:
             raise StoreError(f"cannot read the state file {self.path}: {error}") from error
         return row
 
-    def quiet(self, before: int, limit: int) -> list[str]:
+    def quiet(self, kind: str, before: int, limit: int) -> list[str]:
         rows = self._db.execute(
-            "SELECT key FROM accounts WHERE settled = 0 AND touched < ? ORDER BY touched LIMIT ?", (before, limit)
+            "SELECT key FROM accounts WHERE settled = 0 AND touched < ? AND key GLOB ? ORDER BY touched LIMIT ?",
+            (before, f"{kind}\n*", limit),
         )
         return [key for (key,) in rows]
+
+    # -- the outbox
+
+    def spans(self, limit: int) -> list[tuple[int, Span]]:
+        """The oldest spans with their row numbers."""
+        rows = self._db.execute("SELECT number, value FROM outbox ORDER BY number LIMIT ?", (limit,))
+        return [(number, _span.decode(value)) for number, value in rows]
+
+    def count_spans(self) -> int:
+        count: int = self._db.execute("SELECT COUNT(*) FROM outbox").fetchone()[0]
+        return count
+
+    def forget_spans(self, numbers: Sequence[int]) -> int:
+        """Remove spans; returns how many of them were still there. Raises StoreError; then all of them are."""
+        return self._change("DELETE FROM outbox WHERE number = ?", [(number,) for number in numbers])
+
+    def expire_spans(self, *, before: int = 0, surplus: int = 0) -> int:
+        """Remove the spans that were stored before an epoch second, or the oldest ones. Returns how many."""
+        if surplus > 0:
+            return self._change(
+                "DELETE FROM outbox WHERE number IN (SELECT number FROM outbox ORDER BY number LIMIT ?)", [(surplus,)])
+        oldest = self._one("SELECT created FROM outbox ORDER BY number LIMIT ?", 1)
+        if oldest is None or oldest[0] >= before:
+            return 0
+        return self._change("DELETE FROM outbox WHERE created < ?", [(before,)])
+
+    def _change(self, statement: str, rows: list[tuple[int, ...]]) -> int:
+        try:
+            self._db.execute("BEGIN IMMEDIATE")
+            try:
+                changed = self._db.executemany(statement, rows).rowcount
+                self._db.execute("COMMIT")
+            except BaseException:
+                if self._db.in_transaction:
+                    self._db.execute("ROLLBACK")
+                raise
+        except sqlite3.Error as error:
+            raise StoreError(f"cannot write the state file {self.path}: {error}") from error
+        return max(0, changed)
 
     # -- writing
 
@@ -237,6 +287,10 @@ class Store:
             [(key, saved.touched, saved.settled, saved.blob) for key, saved in changes.accounts.items()],
         )
         db.executemany("INSERT OR IGNORE INTO figures VALUES (?)", [(digest,) for digest in changes.figures])
+        db.executemany(
+            "INSERT INTO outbox (created, value) VALUES (?, ?)",
+            [(batch.now, _encode(span)) for span in changes.spans],
+        )
         for (family, labels), series in batch.counters:
             state = OPEN if series.state == OPEN else HIDDEN
             values = (str(series.exact), str(series.shown), str(series.first), state)

@@ -7,6 +7,7 @@ from collections import defaultdict
 from typing import TYPE_CHECKING
 
 from coding_agent_exporter import families
+from coding_agent_exporter.export import DROP_REASONS
 from coding_agent_exporter.expose import Snapshot, render
 from coding_agent_exporter.landing import CONTENT_SECURITY_POLICY, InstanceRow, Page, RootRow, SpendRow
 from coding_agent_exporter.landing import render as render_page
@@ -17,6 +18,7 @@ from coding_agent_exporter.web import Reply, Server
 if TYPE_CHECKING:
     from collections.abc import Callable
 
+    from coding_agent_exporter.export import Exporter
     from coding_agent_exporter.pipeline import Pipeline
     from coding_agent_exporter.watch import Waker
 
@@ -34,10 +36,12 @@ class App:
         self._waker = waker
         self.server: Server | None = None
         """Set once there is one: its own counts are shown with the rest."""
+        self.exporter: Exporter | None = None
+        """As `server`."""
 
     def metrics(self, accept: str, names: frozenset[str], timeout: float | None) -> Reply:
         began = time.monotonic()
-        snapshot, delivered = self._scrape(timeout)
+        snapshot, delivered = self.collect(timeout)
         body, content_type = render(snapshot, accept, names)
         self._pipeline.scrape_seconds = time.monotonic() - began
         # A scrape of a few chosen metrics has not seen the others at zero.
@@ -56,12 +60,13 @@ class App:
         return Reply(200, TEXT, b"Ready.\n")
 
     def landing(self) -> Reply:
-        snapshot, _ = self._scrape()
+        snapshot, _ = self.collect()
         headers = (("Content-Security-Policy", CONTENT_SECURITY_POLICY),)
         body = render_page(page(self._pipeline, snapshot)).encode()
         return Reply(200, "text/html; charset=utf-8", body, headers)
 
-    def _scrape(self, timeout: float | None = None) -> tuple[Snapshot, Callable[[], None]]:
+    def collect(self, timeout: float | None = None) -> tuple[Snapshot, Callable[[], None]]:
+        """What a scrape that arrives now is shown, and what to call once it was delivered."""
         # Rendering and sending take their part of the time for which the client waits.
         patience = SCRAPE_PATIENCE if timeout is None else min(SCRAPE_PATIENCE, 0.7 * timeout)
         snapshot, delivered = self._pipeline.scrape(patience)
@@ -69,6 +74,12 @@ class App:
         if self.server is not None:
             snapshot.internal[families.WEB_ERRORS.name, ()] = self.server.errors
             snapshot.internal[families.WEB_REFUSED.name, ()] = self.server.refused
+        counts = None if self.exporter is None else self.exporter.counts
+        snapshot.internal[families.SPANS_EXPORTED.name, ()] = 0 if counts is None else counts.exported
+        snapshot.internal[families.SPANS_FAILED.name, ()] = 0 if counts is None else counts.failed
+        for reason in DROP_REASONS:
+            dropped = 0 if counts is None else counts.dropped[reason]
+            snapshot.internal[families.SPANS_DROPPED.name, (reason,)] = dropped
         return snapshot, delivered
 
 

@@ -10,13 +10,14 @@ from __future__ import annotations
 import math
 import re
 from collections import Counter, OrderedDict
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, Protocol
 
 import msgspec
 
 from coding_agent_exporter.ledger import book as slots
-from coding_agent_exporter.ledger.incremental import Session, SessionRules
+from coding_agent_exporter.ledger.incremental import Session, SessionRules, identity
 from coding_agent_exporter.ledger.readings import Codex, CodexRules, Process, ProcessRules
 from coding_agent_exporter.model import (
     MAX_COUNT,
@@ -33,6 +34,7 @@ from coding_agent_exporter.model import (
 if TYPE_CHECKING:
 
     from coding_agent_exporter.ledger.book import Book, Estimate, Labels
+    from coding_agent_exporter.spanmodel import Span
 
 Account = Session | Codex | Process
 
@@ -52,6 +54,9 @@ PI = "pi"
 
 ORPHANS = "orphans"
 
+Observer = Callable[[SourceFile, str, str, UsageEvent, UsageEvent | None, bool], None]
+"""File, session, message, event, the session's next event if it is known, and whether it is the message's first."""
+
 _PI_SESSION = re.compile(r"_([0-9a-fA-F]{8}-[0-9a-fA-F-]{27})$")
 
 
@@ -63,8 +68,8 @@ class Storage(Protocol):
     def has_figures(self, digest: int) -> bool:
         """Whether figures with this digest were stored with an earlier `Changes.figures`."""
 
-    def quiet(self, before: int, limit: int) -> list[str]:
-        """Keys of accounts that are not settled and were last changed before an epoch second."""
+    def quiet(self, kind: str, before: int, limit: int) -> list[str]:
+        """Keys of accounts of a kind that are not settled and were last changed before an epoch second."""
 
 
 @dataclass(slots=True)
@@ -93,11 +98,12 @@ class Changes:
     accounts: dict[str, Saved] = field(default_factory=dict)
     labels: list[tuple[int, Labels]] = field(default_factory=list)
     figures: set[int] = field(default_factory=set)
+    spans: list[Span] = field(default_factory=list)
     rate_limits: dict[tuple[str, str, str], RateLimit] | None = None
 
     @property
     def empty(self) -> bool:
-        return not (self.deltas or self.accounts or self.labels or self.figures or self.rate_limits)
+        return not (self.deltas or self.accounts or self.labels or self.figures or self.spans or self.rate_limits)
 
 
 class Ledger:
@@ -120,6 +126,8 @@ class Ledger:
         rate_limits: dict[tuple[str, str, str], RateLimit] | None = None,
     ) -> None:
         self.book = book
+        self.observe: Observer | None = None
+        """Told of every event of a message that is neither a copy nor a replay, where spans are made of them."""
         self.now = math.inf
         """Epoch seconds; whoever applies events says what time it is."""
         self.rejected: Counter[tuple[str, str, str]] = Counter()
@@ -215,7 +223,7 @@ class Ledger:
             changes.accounts[key] = self._saved(key, account, now, settled=not _forgets(key))
         self._dirty.clear()
         if complete and now >= self._next_sweep:
-            quiet = self._storage.quiet(int(now) - self._settle_after, SWEEP)
+            quiet = self._storage.quiet("session", int(now) - self._settle_after, SWEEP)
             self._next_sweep = now + (0 if len(quiet) == SWEEP else 60)
             for key in quiet:
                 if key not in changes.accounts:
@@ -235,6 +243,11 @@ class Ledger:
         while self._cached > self._cache_messages and len(self._cache) > 1:
             key, _ = self._cache.popitem(last=False)
             self._cached -= self._weights.pop(key)
+
+    def mode(self, session: str) -> str:
+        """The cost mode that is known of a pi or oh-my-pi session, as a label."""
+        account = self._account(_key("session", PI, session), Session)
+        return "subscription" if account.mode == "SUBSCRIPTION" else "api_key"
 
     # -- accounts
 
@@ -263,7 +276,8 @@ class Ledger:
     def _apply_messages(self, file: SourceFile, events: list[UsageEvent], agent: str) -> None:
         is_pi = file.source in PI_SOURCES
         opened: dict[str, tuple[str, Session, Session | None]] = {}
-        for event in events:
+        following = _followers(events) if self.observe is not None else []
+        for place, event in enumerate(events):
             found = opened.get(event.session_id)
             if found is None:
                 uuid = _PI_SESSION.search(event.session_id) if is_pi else None
@@ -271,7 +285,12 @@ class Ledger:
                 orphans = self._account(_key(ORPHANS, PI), Session) if uuid else None
                 found = opened[event.session_id] = key, self._account(key, Session), orphans
             key, session, orphans = found
+            before = len(session.messages)
             outcome = self._sessions.apply_event(session, orphans, file, event, agent)
+            if self.observe is not None and outcome in {"changed", "same"}:
+                name = str(identity(file, event, in_session_files=orphans is not None))
+                first = len(session.messages) > before
+                self.observe(file, key.rpartition("\n")[2], name, event, following[place], first)
             if outcome == "changed":
                 self._dirty.add(key)
             elif outcome != "same":
@@ -299,6 +318,16 @@ class Ledger:
                             self._limits_changed = self._limits_changed or known != limit
                             self.rate_limits[key] = limit
                 return
+
+
+def _followers(events: list[UsageEvent]) -> list[UsageEvent | None]:
+    """Of each event, the next one of its session."""
+    found: list[UsageEvent | None] = []
+    upcoming: dict[str, UsageEvent] = {}
+    for event in reversed(events):
+        found.append(upcoming.get(event.session_id))
+        upcoming[event.session_id] = event
+    return found[::-1]
 
 
 def _key(*parts: str) -> str:

@@ -65,7 +65,7 @@ class Book:
             provider, slash, name = (model or "").partition("/")
             if not slash:
                 provider, name = "", provider
-            number = self._number((root, source, _clean(provider), _clean(name), mode, *((agent,) if agent else ())))
+            number = self._number((root, source, clean(provider), clean(name), mode, *((agent,) if agent else ())))
             if len(self._models) < 2 * self._max_series:
                 self._models[quick] = number
         return number
@@ -118,6 +118,6 @@ class Book:
         return deltas, created
 
 
-def _clean(value: str) -> str:
-    """A label value out of a model name: bounded, encodable, never empty."""
+def clean(value: str) -> str:
+    """A label value out of a name that somebody else wrote: bounded, encodable, never empty."""
     return value[:MAX_LABEL].encode("utf-8", "replace").decode() or UNKNOWN

@@ -114,22 +114,11 @@ class SessionRules:
         were found there before. Returns "changed", "same", or the reason why it was not counted: "no_identity",
         "replayed", "copied".
         """
-        name = event.message_id or event.event_id
-        if not name:
+        if not (event.message_id or event.event_id):
             return "no_identity"
-        since = event.timestamp - EPOCH
-        second = since.days * 86400 + since.seconds
-        identity: int | str
-        if orphans is not None:
-            identity = second * 1000 + (since.microseconds + 500) // 1000
-        elif event.message_id:
-            identity = name
-        elif file.source == "opencode":
-            identity = f"{file.agent}:{name}"
-        else:
-            # pi's writer numbers its lines and starts over when it restarts: only with the time is that an identity.
-            identity = f"{file.agent}:{name}@{second}"
-        known = session.messages.get(identity)
+        message = identity(file, event, in_session_files=orphans is not None)
+        second = _second(event)
+        known = session.messages.get(message)
         if known is None:
             if second <= session.floor:
                 return "replayed"
@@ -142,14 +131,14 @@ class SessionRules:
         record = _record(event, second, self._book.number(session.root, file.source, event.model, mode, agent))
         if file.source == "opencode":
             if self._is_copy(session, known, record):
-                session.messages[identity] = msgspec.structs.replace(record, number=NOT_COUNTED)
+                session.messages[message] = msgspec.structs.replace(record, number=NOT_COUNTED)
                 session.last = max(session.last, second)
                 return "copied"
-        elif known is None and orphans and orphans.messages and _orphan(identity, record) in orphans.messages:
-            session.messages[identity] = msgspec.structs.replace(record, number=NOT_COUNTED)
+        elif known is None and orphans and orphans.messages and _orphan(message, record) in orphans.messages:
+            session.messages[message] = msgspec.structs.replace(record, number=NOT_COUNTED)
             return "copied"
         shared = orphans is not None
-        outcome = self._replace(session, identity, known, record, event.timestamp, shared=shared, hinted=hinted)
+        outcome = self._replace(session, message, known, record, event.timestamp, shared=shared, hinted=hinted)
         if file.source == "opencode" and record.total and (known is None or known.figures != record.figures):
             self.figures.add(self._digest(record))
         return outcome
@@ -285,6 +274,27 @@ class SessionRules:
         """64 bits of the model and the figures of a message, the same in every run."""
         content = repr((self._book.keys[record.number][2:4], record.figures)).encode()
         return int.from_bytes(blake2b(content, digest_size=8).digest(), "big", signed=True)
+
+
+def identity(file: SourceFile, event: UsageEvent, *, in_session_files: bool) -> int | str:
+    """What names a message within its session.
+
+    `in_session_files`: the message can turn up in one too, where the start of the call (epoch milliseconds) names it.
+    """
+    if in_session_files:
+        since = event.timestamp - EPOCH
+        return (since.days * 86400 + since.seconds) * 1000 + (since.microseconds + 500) // 1000
+    if event.message_id:
+        return event.message_id
+    if file.source == "opencode":
+        return f"{file.agent}:{event.event_id}"
+    # pi's writer numbers its lines and starts over when it restarts: only with the time is that an identity.
+    return f"{file.agent}:{event.event_id}@{_second(event)}"
+
+
+def _second(event: UsageEvent) -> int:
+    since = event.timestamp - EPOCH
+    return since.days * 86400 + since.seconds
 
 
 def _orphan(identity: int | str, record: Record) -> str:
