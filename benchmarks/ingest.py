@@ -40,6 +40,13 @@ def settings(home: Path, *flags: str) -> Settings:
     return config.load([f"--state.path={home / 'state.db'}", *defaults, *flags], {}, home=home, cwd=home)
 
 
+def emptied(home: Path) -> Path:
+    """The directory, without what a run before left in it."""
+    shutil.rmtree(home, ignore_errors=True)
+    home.mkdir(parents=True)
+    return home
+
+
 def logs(root: Path) -> Iterator[Path]:
     return iter(sorted(root.glob("agents/*/events/*/usage/events.jsonl")))
 
@@ -47,7 +54,7 @@ def logs(root: Path) -> Iterator[Path]:
 def decode_each(root: Path) -> Speed:
     """msgspec alone: read each file, decode each line into a typed struct, drop it."""
     decode = msgspec.json.Decoder(UsageEvent).decode
-    timer, lines = _Timer(), 0
+    timer, lines = Timer(), 0
     with timer:
         for path in logs(root):
             with path.open("rb") as file:
@@ -60,7 +67,7 @@ def decode_each(root: Path) -> Speed:
 def decode_each_and_keep(root: Path) -> Speed:
     """The same, with all structs in memory at the end: what a program must do that sums up afterwards."""
     decode = msgspec.json.Decoder(UsageEvent).decode
-    timer, kept = _Timer(), []
+    timer, kept = Timer(), []
     with timer:
         for path in logs(root):
             with path.open("rb") as file:
@@ -71,7 +78,7 @@ def decode_each_and_keep(root: Path) -> Speed:
 def decode_files(root: Path) -> Speed:
     """msgspec's decode_lines, a whole file in one call: what the pipeline uses, on smaller chunks."""
     decode = msgspec.json.Decoder(UsageEvent).decode_lines
-    timer, lines = _Timer(), 0
+    timer, lines = Timer(), 0
     with timer:
         for path in logs(root):
             lines += len(decode(path.read_bytes()))
@@ -80,9 +87,8 @@ def decode_files(root: Path) -> Speed:
 
 def pipeline(root: Path, home: Path, lines: int) -> tuple[Speed, int]:
     """A cold start: from an empty state file until everything is read and committed. Also the pico-USD counted."""
-    shutil.rmtree(home, ignore_errors=True)
-    home.mkdir()
-    timer = _Timer()
+    emptied(home)
+    timer = Timer()
     relax_gc()
     with timer:
         running = Pipeline(settings(home, f"--usage.root=bench={root}"))
@@ -106,7 +112,7 @@ def mtail(root: Path, home: Path) -> Speed | None:
             data = path.read_bytes()
             lines += data.count(b"\n")
             file.write(data)
-    timer = _Timer(children=True)
+    timer = Timer(children=True)
     with timer:
         subprocess.run(  # noqa: S603  the program of that name on the path
             [program, "--one_shot", "--progs", str(PROGRAM), "--logs", str(merged)],
@@ -126,23 +132,23 @@ def dollars(pico: int) -> float:
     return pico / PICO
 
 
-class _Timer:
-    """Adds up CPU and wall time over the blocks it is used for."""
+class Timer:
+    """Adds up seconds of CPU and of wall time over the blocks it is used for."""
 
     def __init__(self, *, children: bool = False) -> None:
         self._children = children
-        self._cpu = self._wall = 0.0
+        self.cpu = self.wall = 0.0
         self._began = (0.0, 0.0)
 
     def __enter__(self) -> None:
         self._began = (self._now(), time.perf_counter())
 
     def __exit__(self, *_: object) -> None:
-        self._cpu += self._now() - self._began[0]
-        self._wall += time.perf_counter() - self._began[1]
+        self.cpu += self._now() - self._began[0]
+        self.wall += time.perf_counter() - self._began[1]
 
     def speed(self, lines: int) -> Speed:
-        return Speed(lines / max(self._cpu, 1e-9), lines / max(self._wall, 1e-9))
+        return Speed(lines / max(self.cpu, 1e-9), lines / max(self.wall, 1e-9))
 
     def _now(self) -> float:
         if self._children:
