@@ -22,7 +22,7 @@ from coding_agent_exporter.counters import Counters
 from coding_agent_exporter.discover import Discovery
 from coding_agent_exporter.expose import Snapshot
 from coding_agent_exporter.heartbeat import InstanceDir
-from coding_agent_exporter.inputs import Inputs
+from coding_agent_exporter.inputs import STEP_BYTES, Inputs
 from coding_agent_exporter.instances import Instances
 from coding_agent_exporter.ledger import PI_SOURCES, Book, Ledger
 from coding_agent_exporter.logs import fields
@@ -97,6 +97,8 @@ class Pipeline:
             self._ledger, self._runs, store.files(),
         )
         self._committed = committed
+        # A line can become several spans, which stay in memory until they are committed.
+        self._budget = STEP_BYTES // 4 if spans else STEP_BYTES
         self.outbox = Outbox(
             store, self._lock, most=settings.otlp_max_queue, oldest=settings.otlp_max_age,
             history=first_start if settings.otlp_backfill else 0.0,
@@ -149,7 +151,7 @@ class Pipeline:
         now = self._ledger.now = self._clock()
         self._read_heartbeats(now)
         if self._settle_pending():
-            more = self.inputs.step(now, changes=changes)
+            more = self.inputs.step(now, changes=changes, budget=self._budget)
             if not more and not self.caught_up:
                 self.caught_up = True
                 log.info("caught up", extra=fields(files=len(self.inputs.found.files)))
