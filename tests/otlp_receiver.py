@@ -111,7 +111,6 @@ class Reply:
         return self.status == 200 and self.code is None and not (self.reset or self.hang or self.drip)
 
 
-
 class Receiver:
     """What both collectors have: `replies` are used up one by one, then `rule` answers."""
 

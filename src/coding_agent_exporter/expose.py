@@ -28,7 +28,6 @@ class Snapshot:
     """All that one scrape shows. Nothing in it changes once it is published.
 
     `counters` are in the families' integer units. `held` are the counters that still show their first value.
-    `final`: there is nothing that the next scrape would show and this one does not.
     """
 
     now: float
@@ -83,7 +82,6 @@ class SnapshotCollector(Collector):
                 _add(samples, families.RATE_LIMIT_WINDOW, window, limit.window_seconds)
         _add(samples, families.BUILD_INFO, (snapshot.version, platform.python_version()), 1)
         yield from (metric for metric in samples.values() if metric.samples)
-
 
 
 class _Fixed:

@@ -28,6 +28,7 @@ ENV_PREFIX = "CODING_AGENT_EXPORTER_"
 INFO_LABELS = tuple(name for name in families.INSTANCE_INFO.labels if name not in families.INSTANCE)
 """What `--telemetry.info-labels` chooses from, in the order of the family."""
 
+
 @dataclass(frozen=True, slots=True)
 class Option:
     """One thing that can be set. `default` is written as a user would write it.

@@ -36,6 +36,7 @@ MIN_INTERVAL = 0.05
 MAX_INTERVAL = 10.0
 """Seconds after which a step is made without a cause: staleness, and what no notification told of."""
 
+
 def serve(settings: Settings) -> int:
     """Run until SIGTERM or SIGINT. Returns the exit code; raises OSError when it cannot start."""
     relax_gc()

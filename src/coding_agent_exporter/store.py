@@ -10,6 +10,7 @@ import fcntl
 import json
 import os
 import sqlite3
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -227,10 +228,17 @@ class Store:
         return self._change("DELETE FROM outbox WHERE created < ?", [(before,)])
 
     def _change(self, statement: str, rows: list[tuple[int, ...]]) -> int:
+        """Run a statement for each row, all or none. Returns how many rows it changed; raises StoreError."""
+        with self._transaction():
+            return max(0, self._db.executemany(statement, rows).rowcount)
+
+    @contextmanager
+    def _transaction(self) -> Iterator[None]:
+        """All of it or nothing. Raises StoreError."""
         try:
             self._db.execute("BEGIN IMMEDIATE")
             try:
-                changed = self._db.executemany(statement, rows).rowcount
+                yield
                 self._db.execute("COMMIT")
             except BaseException:
                 if self._db.in_transaction:
@@ -238,23 +246,13 @@ class Store:
                 raise
         except sqlite3.Error as error:
             raise StoreError(f"cannot write the state file {self.path}: {error}") from error
-        return max(0, changed)
 
     # -- writing
 
     def commit(self, batch: Batch) -> None:
         """Store a batch, all of it or nothing."""
-        try:
-            self._db.execute("BEGIN IMMEDIATE")
-            try:
-                numbers = self._write(batch)
-                self._db.execute("COMMIT")
-            except BaseException:
-                if self._db.in_transaction:
-                    self._db.execute("ROLLBACK")
-                raise
-        except sqlite3.Error as error:
-            raise StoreError(f"cannot write the state file {self.path}: {error}") from error
+        with self._transaction():
+            numbers = self._write(batch)
         for item, number in numbers:
             item.number = number
 

@@ -76,14 +76,14 @@ def session_key(name: str) -> str:
 
 def _record(entry: _Entry, rejected: Counter[str]) -> SessionRecord | None:
     if entry.type == "session":
-        created = _iso_ms(entry.timestamp)
+        created = iso_ms(entry.timestamp)
         if not isinstance(entry.id, str) or not entry.id:
             rejected["no_session"] += 1
             return None
         parent = entry.parentSession
         return SessionHeader(entry.id, created or 0, session_key(parent) if isinstance(parent, str) else "")
     if entry.type == "compaction":
-        recorded = _iso_ms(entry.timestamp)
+        recorded = iso_ms(entry.timestamp)
         if recorded is None or not isinstance(entry.id, str):
             rejected["bad_timestamp"] += 1
             return None
@@ -91,7 +91,7 @@ def _record(entry: _Entry, rejected: Counter[str]) -> SessionRecord | None:
     message = entry.message
     if entry.type != "message" or message is None or message.role != "assistant" or message.usage is None:
         return None
-    recorded = _iso_ms(entry.timestamp)
+    recorded = iso_ms(entry.timestamp)
     started = message.timestamp
     if isinstance(started, bool) or not isinstance(started, int | float) or not 0 < started < MAX_MS:
         if recorded is None:
@@ -108,12 +108,13 @@ def _record(entry: _Entry, rejected: Counter[str]) -> SessionRecord | None:
         recorded=recorded if recorded is not None else int(started),
         provider=message.provider if isinstance(message.provider, str) else "",
         model=message.model if isinstance(message.model, str) else "",
-        cost=_cost(usage.get("cost"), rejected),
-        tokens=_tokens(usage, rejected),
+        cost=cost_of(usage.get("cost"), rejected),
+        tokens=tokens_of(usage, rejected),
     )
 
 
-def _iso_ms(value: Any) -> int | None:
+def iso_ms(value: Any) -> int | None:
+    """Epoch milliseconds of an ISO 8601 time, a naive one as UTC; None if it is none."""
     if not isinstance(value, str):
         return None
     try:
@@ -132,7 +133,7 @@ def _money(value: Any) -> int | None:
     return round(value * PICO)
 
 
-def _cost(block: Any, rejected: Counter[str]) -> int | None:
+def cost_of(block: Any, rejected: Counter[str]) -> int | None:
     """Pico-USD; the total where it stands, else the sum of its parts."""
     if block is None:
         return None
@@ -150,7 +151,8 @@ def _cost(block: Any, rejected: Counter[str]) -> int | None:
     return sum(part for part in parts if part is not None)
 
 
-def _tokens(usage: dict[str, Any], rejected: Counter[str]) -> tuple[int, int, int, int] | None:
+def tokens_of(usage: dict[str, Any], rejected: Counter[str]) -> tuple[int, int, int, int] | None:
+    """(input, output, cache read, cache creation) of a usage block; None, and a reject, if one is no count."""
     counts = []
     for name in ("input", "output", "cacheRead", "cacheWrite"):
         value = usage.get(name, 0)

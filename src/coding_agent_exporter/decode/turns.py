@@ -13,7 +13,7 @@ from typing import Any
 import msgspec
 
 from coding_agent_exporter.decode.lines import MALFORMED, decode_line
-from coding_agent_exporter.decode.session import MAX_MS, _cost, _iso_ms, _tokens, session_key
+from coding_agent_exporter.decode.session import MAX_MS, cost_of, iso_ms, session_key, tokens_of
 from coding_agent_exporter.turnmodel import (
     STOPS,
     Call,
@@ -180,8 +180,8 @@ def _call(message: _Message, name: str, parent: str, recorded: int) -> Call:
         stop=stop,
         failed=stop == "error" or bytes(message.errorMessage) not in {b"", b"null", b'""'},
         response=_text(message.responseId),
-        cost=_cost(usage.get("cost"), Counter()),
-        tokens=_tokens(usage, Counter()) if usage else None,
+        cost=cost_of(usage.get("cost"), Counter()),
+        tokens=tokens_of(usage, Counter()) if usage else None,
         tools=_tools(bytes(message.content)),
         first_token=float(first) if _number(first) and 0 <= first <= MAX_MS else None,
     )
@@ -219,5 +219,5 @@ def _number(value: Any) -> bool:
 def _time(value: Any) -> int:
     """Epoch milliseconds out of a number or an ISO 8601 text; 0 when it is neither."""
     if isinstance(value, str):
-        value = _iso_ms(value)
+        value = iso_ms(value)
     return int(value) if _number(value) and 0 < value < MAX_MS else 0
