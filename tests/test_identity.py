@@ -989,3 +989,50 @@ def test_readings_of_claude_come_to_what_each_process_spent(seed: int, tmp_path:
     world.restart()
     assert world.counted() == pytest.approx(spent, abs=1e-9)
     world.pipeline.close()
+
+
+# -- inode numbers that are used again
+
+
+def rewrite(file: Path, content: bytes) -> None:
+    """Other bytes on the same inode, as many as before."""
+    assert len(content) == file.stat().st_size
+    with file.open("r+b") as opened:
+        opened.write(content)
+
+
+def line(seconds: float, usd: int) -> bytes:
+    return json.dumps(event(seconds, usd, event_id=f"e{usd}")).encode() + b"\n"
+
+
+def test_a_new_file_of_the_old_ones_size_and_inode_is_read(world: World) -> None:
+    """An agent is deleted, another one begins: its first line is as long as the other's, on the same inode number."""
+    log = world.log("pi-coding", "a1")
+    log.write_bytes(line(1, 1))
+    assert world.counted() == 1
+    world.restart()
+    new = log.rename(world.log("pi-coding", "a2"))
+    rewrite(new, line(2, 2))
+    assert world.counted() == 3
+
+
+def test_a_row_that_moves_to_another_path_is_proved_by_its_bytes() -> None:
+    """On file systems that do not reuse numbers at once, the rule itself: no time of change matches."""
+    registry = Registry()
+    one, two = (SourceFile("usage", "r", Path(f"/{name}"), name) for name in "ab")
+    (row,) = registry.resolve([(one, (1, 1))])
+    row.cursor = Cursor(1, 1, 100, b"digest", changed=5)
+    registry.read(row)
+    assert registry.resolve([(two, (1, 1))]) == [row]
+    assert row.cursor.changed == -1
+
+
+def test_a_file_that_was_replaced_while_the_exporter_was_down_is_read(world: World) -> None:
+    """Rewritten in place to the very size it had: only the time of its change tells."""
+    log = world.log("pi-coding")
+    log.write_bytes(line(1, 1))
+    assert world.counted() == 1
+    world.kill()
+    rewrite(log, line(2, 2))
+    world.pipeline = Pipeline(settings(world.home, *world.flags), clock=world.clock)
+    assert world.counted() == 3

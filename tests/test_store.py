@@ -191,7 +191,8 @@ FROZEN_V1 = {
     "accounts": ["key TEXT", "touched INTEGER", "settled INTEGER", "value BLOB"],
     "files": [
         "number INTEGER", "kind TEXT", "log TEXT", "path TEXT", "dev INTEGER", "ino INTEGER", "offset INTEGER",
-        "digest BLOB", "exempt INTEGER", "skipping INTEGER", "source TEXT", "meta TEXT", "seen INTEGER",
+        "digest BLOB", "exempt INTEGER", "skipping INTEGER", "changed INTEGER", "source TEXT", "meta TEXT",
+        "seen INTEGER",
     ],
 }
 

@@ -6,6 +6,7 @@ file appears under it. Whether a file really continues where its row says is for
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import TYPE_CHECKING
 
 from coding_agent_exporter.model import FileRow, SourceFile
@@ -52,6 +53,10 @@ class Registry:
                 # Another kind of file on a number that was free again: nothing of the row would be true of it.
                 if moved is not None and moved is not row and moved.kind == file.kind:
                     self._detach(moved)
+                    if moved.cursor is not None:
+                        # Inode numbers are used again at once: a new file of the old one's very size must not pass
+                        # for it. No time of change is this one, so the tail looks at the bytes.
+                        moved.cursor = replace(moved.cursor, changed=-1)
                     moved.path, moved.log = path, file.log
                     row = self._by_path[path] = moved
                 elif row is None or row.cursor is not None:

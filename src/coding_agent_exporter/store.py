@@ -45,8 +45,8 @@ _MIGRATIONS: tuple[str, ...] = (
     CREATE TABLE files (
         number INTEGER PRIMARY KEY, kind TEXT NOT NULL, log TEXT NOT NULL, path TEXT NOT NULL,
         dev INTEGER NOT NULL, ino INTEGER NOT NULL, offset INTEGER NOT NULL, digest BLOB NOT NULL,
-        exempt INTEGER NOT NULL, skipping INTEGER NOT NULL, source TEXT NOT NULL, meta TEXT NOT NULL,
-        seen INTEGER NOT NULL);
+        exempt INTEGER NOT NULL, skipping INTEGER NOT NULL, changed INTEGER NOT NULL, source TEXT NOT NULL,
+        meta TEXT NOT NULL, seen INTEGER NOT NULL);
     """,
 )
 
@@ -164,12 +164,13 @@ class Store:
 
     def files(self) -> list[FileRow]:
         rows = self._db.execute(
-            "SELECT number, kind, log, path, dev, ino, offset, digest, exempt, skipping, source, meta, seen FROM files"
+            "SELECT number, kind, log, path, dev, ino, offset, digest, exempt, skipping, changed, source, meta, seen "
+            "FROM files"
         )
         found = []
-        for number, kind, log, path, dev, ino, offset, digest, exempt, skipping, source, meta, seen in rows:
+        for number, kind, log, path, dev, ino, offset, digest, exempt, skipping, changed, source, meta, seen in rows:
             session, created, parent, replay = json.loads(meta)
-            cursor = Cursor(dev & _U64, ino & _U64, offset, digest, exempt, bool(skipping))
+            cursor = Cursor(dev & _U64, ino & _U64, offset, digest, exempt, bool(skipping), changed)
             found.append(FileRow(kind, log, path, cursor, source, session, created, parent, replay, seen, number))
         return found
 
@@ -304,9 +305,9 @@ class Store:
             meta = json.dumps((row.session, row.created, row.parent, row.replay))
             number = row.number or None
             cursor = db.execute(
-                "INSERT OR REPLACE INTO files VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?)",
+                "INSERT OR REPLACE INTO files VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?)",
                 (number, row.kind, row.log, row.path, _signed(at.dev), _signed(at.ino), at.offset, at.check,
-                 at.exempt, at.skipping, row.source, meta, row.seen),
+                 at.exempt, at.skipping, at.changed, row.source, meta, row.seen),
             )
             numbers.append((row, number or cursor.lastrowid or 0))
         db.executemany("DELETE FROM files WHERE number = ?", [(row.number,) for row in batch.forgotten])
