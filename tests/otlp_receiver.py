@@ -137,18 +137,23 @@ class Receiver:
         return [int.from_bytes(stored.span_id, "big") for stored in self.spans]
 
     def receive(self, body: bytes, headers: dict[str, str], raw: bytes) -> Reply:
-        request = ExportTraceServiceRequest.FromString(body)
-        scopes = [scope for resource in request.resource_spans for scope in resource.scope_spans]
-        spans = [found for scope in scopes for found in scope.spans]
+        request, found, offered = self.decode(body)
         with self.arrived:
-            reply = self.replies.pop(0) if self.replies else self.rule(spans)
+            reply = self.replies.pop(0) if self.replies else self.rule(offered)
             self.requests.append(request)
             self.headers.append(headers)
             self.raw.append(raw)
             if reply.stores:
-                self.spans += spans
+                self.spans += found
             self.arrived.notify_all()
         return reply
+
+    def decode(self, body: bytes) -> tuple[Any, list[Any], list[Any]]:
+        """The request, what it would have stored, and what `rule` is given."""
+        request = ExportTraceServiceRequest.FromString(body)
+        scopes = [scope for resource in request.resource_spans for scope in resource.scope_spans]
+        spans = [found for scope in scopes for found in scope.spans]
+        return request, spans, spans
 
     def wait_for(self, condition: Callable[[], object]) -> None:
         with self.arrived:

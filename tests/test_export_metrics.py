@@ -50,19 +50,11 @@ RESOURCE = {"service.name": "test"}
 class _Metrics(Receiver):
     """Decodes metrics; `rule` is given the names of the families in a request."""
 
-    def receive(self, body: bytes, headers: dict[str, str], raw: bytes) -> Reply:
+    def decode(self, body: bytes) -> tuple[Any, list[Any], list[Any]]:
         request = ExportMetricsServiceRequest.FromString(body)
         metrics = [metric for resource in request.resource_metrics for scope in resource.scope_metrics
                    for metric in scope.metrics]
-        with self.arrived:
-            reply = self.replies.pop(0) if self.replies else self.rule([metric.name for metric in metrics])
-            self.requests.append(request)  # type: ignore[arg-type] # the base class is about spans
-            self.headers.append(headers)
-            self.raw.append(raw)
-            if reply.stores:
-                self.spans += metrics
-            self.arrived.notify_all()
-        return reply
+        return request, metrics, [metric.name for metric in metrics]
 
     @property
     def stored(self) -> list[Metric]:
