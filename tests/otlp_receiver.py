@@ -289,11 +289,12 @@ class GrpcReceiver(Receiver):
 
 @contextmanager
 def grpc_receiver(*, port: int = 0, tls: tuple[bytes, bytes] | None = None,
-                  receiver: GrpcReceiver | None = None) -> Iterator[GrpcReceiver]:
+                  receiver: GrpcReceiver | None = None, service: str = "trace.v1.TraceService",
+                  ) -> Iterator[GrpcReceiver]:
     """The same over gRPC; `tls` is a key and its certificate, in PEM."""
     receiver = receiver or GrpcReceiver()
     handler = grpc.method_handlers_generic_handler(
-        "opentelemetry.proto.collector.trace.v1.TraceService",
+        f"opentelemetry.proto.collector.{service}",
         {"Export": grpc.unary_unary_rpc_method_handler(receiver.export)})
     server = grpc.server(ThreadPoolExecutor(4), options=(("grpc.so_reuseport", 0),))
     server.add_generic_rpc_handlers((handler,))

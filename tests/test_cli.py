@@ -276,6 +276,12 @@ class TestCheck:
         assert "5 bytes" in capsys.readouterr().out
         assert (tmp_path / "state.db").read_bytes() == b"12345"
 
+    def test_grpc_not_installed(self, pipeline: Pipeline, monkeypatch: pytest.MonkeyPatch, capsys: Capsys) -> None:
+        """What would keep the exporter from starting is a problem here too."""
+        monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
+        assert cli.main(["check", "--otlp.endpoint=http://c:4317", "--otlp.protocol=grpc"]) == 1
+        assert "pip install 'coding-agent-exporter[grpc]'" in capsys.readouterr().out
+
     def test_changes_nothing(self, pipeline: Pipeline, tmp_path: Path, capsys: Capsys) -> None:
         """`check` makes neither the state file nor its directory."""
         assert cli.main(["check"]) == 0

@@ -5,12 +5,10 @@ from __future__ import annotations
 import logging
 import threading
 import time
-from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from itertools import pairwise
 from typing import TYPE_CHECKING, Any
 
-import grpc
 import pytest
 from google.protobuf.json_format import MessageToDict
 from hypothesis import given
@@ -29,7 +27,17 @@ from coding_agent_exporter.export.target import Target
 from coding_agent_exporter.expose import Snapshot, SnapshotCollector, render
 from coding_agent_exporter.model import Activity, CounterKey, Delta, Heartbeat, Instance, Mark, Pressure, RateLimit
 from coding_agent_exporter.pipeline import Pipeline
-from otlp_receiver import Clock, GrpcReceiver, HttpReceiver, Receiver, Reply, eventually, free_port, http_receiver
+from otlp_receiver import (
+    Clock,
+    GrpcReceiver,
+    HttpReceiver,
+    Receiver,
+    Reply,
+    eventually,
+    free_port,
+    grpc_receiver,
+    http_receiver,
+)
 from support import drain, settings
 
 if TYPE_CHECKING:
@@ -84,17 +92,8 @@ def http() -> Iterator[MetricsOverHttp]:
 @contextmanager
 def metrics_over_grpc() -> Iterator[MetricsOverGrpc]:
     receiver = MetricsOverGrpc()
-    server = grpc.server(ThreadPoolExecutor(4), options=(("grpc.so_reuseport", 0),))
-    server.add_generic_rpc_handlers((grpc.method_handlers_generic_handler(
-        "opentelemetry.proto.collector.metrics.v1.MetricsService",
-        {"Export": grpc.unary_unary_rpc_method_handler(receiver.export)}),))
-    receiver.address = f"127.0.0.1:{server.add_insecure_port('127.0.0.1:0')}"
-    server.start()
-    try:
+    with grpc_receiver(receiver=receiver, service="metrics.v1.MetricsService"):
         yield receiver
-    finally:
-        receiver.close()
-        server.stop(0).wait()
 
 
 def present(snapshot: Snapshot) -> Iterator[Family]:

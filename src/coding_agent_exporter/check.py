@@ -68,10 +68,7 @@ def _web_config(file: Path | None) -> Finding:
 def _otlp(settings: Settings) -> Finding:
     """Where spans go: flags and the standard variables decide together."""
     try:
-        target = resolve(
-            os.environ, endpoint=settings.otlp_endpoint, protocol=settings.otlp_protocol,
-            headers=settings.otlp_headers, compression=settings.otlp_compression, timeout=settings.otlp_timeout or None,
-        )
+        target = resolve(os.environ, **settings.collector)
     except ValueError as error:
         return Finding("otlp collector", settings.otlp_endpoint, problem=str(error))
     return Finding("otlp collector", "none" if target is None else target.url)

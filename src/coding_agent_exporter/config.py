@@ -12,7 +12,7 @@ import re
 import tomllib
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal, NamedTuple, cast
+from typing import TYPE_CHECKING, Any, Literal, NamedTuple, TypedDict, cast
 
 from coding_agent_exporter.model import Root, RootKind
 from coding_agent_exporter.options import ENV_PREFIX, INFO_LABELS, OPTIONS, Option, markdown, toml_key
@@ -35,6 +35,16 @@ class ConfigError(ValueError):
 
     def __init__(self, message: str) -> None:
         super().__init__("".join(c if c.isprintable() else repr(c)[1:-1] for c in message))
+
+
+class Collector(TypedDict):
+    """What `export.target.resolve` takes from the settings, by its names."""
+
+    endpoint: str
+    protocol: str
+    headers: str
+    compression: str
+    timeout: float | None
 
 
 @dataclass(frozen=True, slots=True)
@@ -77,6 +87,14 @@ class Settings:
     input_max_line_size: int
     log_level: Literal["debug", "info", "warn", "error"]
     log_format: Literal["logfmt", "json"]
+
+    @property
+    def collector(self) -> Collector:
+        """The settings of an OTLP collector. An empty text, or None, leaves the choice to the OTEL variables."""
+        return {
+            "endpoint": self.otlp_endpoint, "protocol": self.otlp_protocol, "headers": self.otlp_headers,
+            "compression": self.otlp_compression, "timeout": self.otlp_timeout or None,
+        }
 
 
 _ROOT_KINDS: tuple[tuple[str, RootKind], ...] = (

@@ -8,7 +8,7 @@ import os
 import signal
 import threading
 import time
-from typing import TYPE_CHECKING, TypedDict
+from typing import TYPE_CHECKING
 
 from coding_agent_exporter.config import ConfigError
 from coding_agent_exporter.export import create as create_exporter
@@ -95,25 +95,10 @@ def serve(settings: Settings) -> int:
     return 0
 
 
-class _Otlp(TypedDict):
-    endpoint: str
-    protocol: str
-    headers: str
-    compression: str
-    timeout: float | None
-
-
-def _otlp(settings: Settings) -> _Otlp:
-    return {
-        "endpoint": settings.otlp_endpoint, "protocol": settings.otlp_protocol, "headers": settings.otlp_headers,
-        "compression": settings.otlp_compression, "timeout": settings.otlp_timeout or None,
-    }
-
-
 def _wants_spans(settings: Settings) -> bool:
     """Whether there is a collector for spans. Raises ConfigError."""
     try:
-        return resolve(os.environ, **_otlp(settings)) is not None
+        return resolve(os.environ, **settings.collector) is not None
     except ValueError as error:
         raise ConfigError(str(error)) from error
 
@@ -121,7 +106,7 @@ def _wants_spans(settings: Settings) -> bool:
 def _exporter(settings: Settings, pipeline: Pipeline) -> Exporter | None:
     try:
         return create_exporter(
-            pipeline.outbox, os.environ, version=pipeline.version, instance=pipeline.instance, **_otlp(settings))
+            pipeline.outbox, os.environ, version=pipeline.version, instance=pipeline.instance, **settings.collector)
     except ValueError as error:
         raise ConfigError(str(error)) from error
 
@@ -133,7 +118,7 @@ def _metrics_exporter(settings: Settings, pipeline: Pipeline, app: App) -> Metri
         return create_metrics(
             app.collect, lambda snapshot: SnapshotCollector(snapshot).collect(), os.environ, version=pipeline.version,
             instance=pipeline.instance, started=pipeline.started, interval=settings.otlp_metrics_interval or None,
-            **_otlp(settings))
+            **settings.collector)
     except ValueError as error:
         raise ConfigError(str(error)) from error
 

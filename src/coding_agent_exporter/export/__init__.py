@@ -6,7 +6,6 @@ bytes; `answer` says what follows from a collector's reply. Nothing heavy is imp
 
 from __future__ import annotations
 
-import importlib.util
 import socket
 import time
 from typing import TYPE_CHECKING
@@ -34,8 +33,6 @@ def create(outbox: Outbox, environ: Mapping[str, str], *, version: str, instance
                      timeout=timeout, insecure=insecure)
     if target is None:
         return None
-    if target.protocol == "grpc" and importlib.util.find_spec("grpc") is None:
-        raise ValueError("otlp.protocol: grpc is not installed: pip install 'coding-agent-exporter[grpc]'")
     attributes = resource(environ, version=version, instance=instance,
                           host=socket.gethostname() if host is None else host)
     return Exporter(target, outbox, resource=attributes, version=version, clock=clock, wall=wall)

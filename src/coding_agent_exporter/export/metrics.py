@@ -8,7 +8,6 @@ would show its Prometheus no zero at all. Nothing is lost when a push fails, sin
 
 from __future__ import annotations
 
-import importlib.util
 import logging
 import random
 import socket
@@ -296,8 +295,6 @@ def create_metrics(collect: Callable[[], tuple[V, Callable[[], None]]], present:
                      compression=compression, timeout=timeout, insecure=insecure)
     if target is None:
         return None
-    if target.protocol == "grpc" and importlib.util.find_spec("grpc") is None:
-        raise ValueError("otlp.protocol: grpc is not installed: pip install 'coding-agent-exporter[grpc]'")
     attributes = resource_attributes(environ, version=version, instance=instance,
                                      host=socket.gethostname() if host is None else host)
     wanted = environ.get(_TEMPORALITY, "").strip().lower()

@@ -6,6 +6,7 @@ unset one. Without an endpoint there is no target: nothing is sent anywhere by d
 
 from __future__ import annotations
 
+import importlib.util
 import re
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -86,7 +87,7 @@ def resolve(environ: Mapping[str, str], *, signal: Signal = "traces", endpoint: 
     `endpoint` is a base as in OTEL_EXPORTER_OTLP_ENDPOINT: for HTTP `/v1/<signal>` is appended, unless it ends so.
     `headers` is `name=value,...` with percent-encoded values, as in the variable; it is merged over that. `timeout`
     is seconds. `insecure` decides for a gRPC endpoint without a scheme only. Raises ValueError, one line, which
-    opens with where the value was written, and never repeats a header's value.
+    opens with where the value was written, and never repeats a header's value; also when gRPC is not installed.
     """
     if environ.get("OTEL_SDK_DISABLED", "").strip().lower() == "true":
         return None
@@ -113,13 +114,16 @@ def resolve(environ: Mapping[str, str], *, signal: Signal = "traces", endpoint: 
         raise ValueError(f"{pick('CLIENT_KEY').origin}: a key needs its certificate, and there is none")
     tls = parts.scheme == "https"
     common = {**_headers(pick("HEADERS")), **_headers(_Given(headers, "otlp.headers"))}
-    return Target(
+    target = Target(
         signal, "grpc" if kind == "grpc" else "http/protobuf",
         _authority(parts) if kind == "grpc" else _url(parts, where, signal), tls, common,
         gzip=_one_of(pick("COMPRESSION", compression), ("none", "gzip"), "none") == "gzip",
         timeout=_timeout(pick("TIMEOUT")) if timeout is None else _bounded(timeout, "otlp.timeout"),
         ca_file=_file(pick("CERTIFICATE")), certificate_file=certificate, key_file=key,
         proxy=_proxy(parts, environ) if kind == "http/protobuf" else "")
+    if target.protocol == "grpc" and importlib.util.find_spec("grpc") is None:
+        raise ValueError("otlp.protocol: grpc is not installed: pip install 'coding-agent-exporter[grpc]'")
+    return target
 
 
 def resource(environ: Mapping[str, str], *, version: str, instance: str, host: str) -> dict[str, str]:
