@@ -1,8 +1,8 @@
 # make run    the exporter, from this checkout:  make run ARGS="--web.listen-address=:9000"
 # make test   the tests; ARGS goes to pytest:    make test ARGS="tests/test_config.py -k env"
-# make lint   ruff, mypy, import-linter, and whether the generated docs are up to date
+# make lint   ruff, mypy, import-linter, and whether the generated docs and dashboards are up to date
 # make bench  the benchmarks; ARGS="--full" adds one of 5,000,000 events
-# make docs   write the generated docs
+# make docs   write the generated docs and dashboards
 # make clean  remove what the above made
 #
 # Needs Python 3.11 or newer with its venv module; everything else goes into .venv, from the index that pip is
@@ -31,22 +31,24 @@ test: $(VENV)/.package $(VENV)/.dev
 	$(PY) -m pytest $(ARGS)
 
 lint: $(VENV)/.package $(VENV)/.dev
-	$(VENV)/bin/ruff check src tests benchmarks
+	$(VENV)/bin/ruff check src tests benchmarks grafana
 	$(VENV)/bin/mypy
 	$(VENV)/bin/lint-imports
 	@$(call markdown_of,config) | diff -u docs/configuration.md - || $(outdated)
 	@$(call markdown_of,families) | diff -u docs/metrics.md - || $(outdated)
+	@$(PY) -m grafana --check
 
 bench: $(VENV)/.package $(VENV)/.dev
 	$(PY) -m benchmarks $(ARGS)
 
-docs: $(VENV)/.package
+docs: $(VENV)/.package $(VENV)/.dev
 	$(call markdown_of,config) > docs/configuration.md
 	$(call markdown_of,families) > docs/metrics.md
+	$(PY) -m grafana
 
 clean:
 	rm -rf $(VENV) dist build .mypy_cache .ruff_cache .pytest_cache .hypothesis .import_linter_cache
-	find src tests -name __pycache__ -type d -prune -exec rm -rf {} +
+	find src tests benchmarks grafana -name __pycache__ -type d -prune -exec rm -rf {} +
 
 # Dependencies come in when pyproject.toml changes, and only then. pip knows --group since 25.1.
 $(VENV)/.made: pyproject.toml
