@@ -16,121 +16,28 @@ How the money is read back matters. Over a window that holds all samples of a se
 
 from __future__ import annotations
 
-import json
 import random
 import signal
-import subprocess
 import threading
 import time
-from contextlib import contextmanager
-from typing import TYPE_CHECKING, Any, NamedTuple
-from urllib.parse import urlencode
+from typing import TYPE_CHECKING
 
 import pytest
 
 from agents_support import TOKEN_TYPES, ClaudeLog, OpenCodeLog, PiLog, Truth, UsageLog, some_money, some_tokens
-from coding_agent_exporter import families
 from coding_agent_exporter.model import PICO
-from process_support import DEADLINE, Exporter, environment, free_port, get, wait_for
+from process_support import DEADLINE, Exporter, free_port
+from prometheus_support import Prometheus, prometheus
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterator
+    from collections.abc import Callable
     from pathlib import Path
 
 COST = "coding_agent_cost_usd_total"
 TOKENS = "coding_agent_tokens_total"
 MESSAGES = "coding_agent_messages_total"
-OURS = [family.name for family in families.FAMILIES
-        if family.type == "counter" and not family.name.startswith("coding_agent_exporter_")]
-"""The counters that no restart may reset."""
 SECONDS = 60.0
 """How long agents work in the long test."""
-
-
-class Stored(NamedTuple):
-    """All samples that Prometheus has of one series."""
-
-    labels: dict[str, str]
-    values: list[float]
-    times: list[float]
-
-    @property
-    def rise(self) -> float:
-        return self.values[-1] - self.values[0]
-
-    @property
-    def usage(self) -> tuple[str, str, str, str]:
-        labels = self.labels
-        return labels["source"], labels["provider"], labels["model"], labels["cost_mode"]
-
-    def __str__(self) -> str:
-        inner = ",".join(f'{name}="{value}"' for name, value in self.labels.items() if name != "__name__")
-        return f"{self.labels['__name__']}{{{inner}}}"
-
-
-class Prometheus:
-    """A Prometheus server that scrapes one target and keeps its data in `home`."""
-
-    def __init__(self, port: int) -> None:
-        self._port = port
-
-    def query(self, expression: str, at: float | None = None) -> list[dict[str, Any]]:
-        """The result of an instant query, by default as of now."""
-        asked = urlencode({"query": expression, "time": f"{at or time.time():.3f}"})
-        reply = json.loads(get(self._port, f"/api/v1/query?{asked}").text)
-        assert reply["status"] == "success", reply
-        result: list[dict[str, Any]] = reply["data"]["result"]
-        return result
-
-    def stored(self, selector: str) -> list[Stored]:
-        """Every raw sample of these series."""
-        found = []
-        for series in self.query(f"{selector}[1h]"):
-            times, values = zip(*series["values"], strict=True)
-            found.append(Stored(series["metric"], [float(value) for value in values], list(times)))
-        return found
-
-    def one(self, expression: str, at: float) -> float:
-        (result,) = self.query(expression, at)
-        return float(result["value"][1])
-
-    def resets(self) -> list[float]:
-        """How often each series of OURS was reset."""
-        return [float(series["value"][1]) for name in OURS for series in self.query(f"resets({name}[1h])")]
-
-    def rise(self, name: str) -> float:
-        """Last minus first, summed over all series of this name."""
-        return sum(series.rise for series in self.stored(name))
-
-
-@contextmanager
-def prometheus(program: str, home: Path, target: int, interval: str) -> Iterator[Prometheus]:
-    """A server with its own data directory, stopped at the end."""
-    home.mkdir()
-    (home / "prometheus.yml").write_text(json.dumps({  # JSON is YAML
-        "global": {"scrape_interval": interval, "scrape_timeout": interval},
-        "scrape_configs": [{"job_name": "agents", "static_configs": [{"targets": [f"127.0.0.1:{target}"]}]}],
-    }))
-    port = free_port()
-    with (home / "log").open("wb") as log:
-        process = subprocess.Popen(
-            [program, f"--config.file={home / 'prometheus.yml'}", f"--storage.tsdb.path={home / 'data'}",
-             f"--web.listen-address=127.0.0.1:{port}", "--log.level=warn"],
-            cwd=home, env=environment(home), stdin=subprocess.DEVNULL, stdout=log, stderr=log,
-        )
-        try:
-            def ready() -> bool:
-                assert process.poll() is None, (home / "log").read_text()
-                try:
-                    return get(port, "/-/ready").status == 200
-                except OSError:
-                    return False
-
-            wait_for(ready, "Prometheus to be ready", every=0.1)
-            yield Prometheus(port)
-        finally:
-            process.terminate()
-            process.wait(DEADLINE)
 
 
 class Fleet:
