@@ -45,7 +45,7 @@ class Role:
     name: str
     models: tuple[Model, ...]
     turns: int = 14
-    think: float = 6.0
+    think: float = 4.0
     logged: bool = False
     subscription: bool = False
     crash: int = -1
@@ -118,7 +118,7 @@ class Agent:
             yield begin
             self.arrive(begin)
             at = done = begin + self.between(2_000, 90_000)
-            crash = self.between(day.back, day.end) if day.number == self.role.crash else 0
+            crash = self.between(day.back, day.back + 2 * HOUR) if day.number == self.role.crash else 0
             forked = day.number != self.role.fork
             while at < day.end:
                 yield at
@@ -131,7 +131,10 @@ class Agent:
                     yield at
                     self.arrive(at, resume=True)
                     continue
-                if self.context.tokens and self.context.tokens > SYSTEM_TOKENS and self.chance.random() < 0.07:
+                # A process that is killed is one that has been there for a while.
+                doomed = crash and at > crash - 30 * MINUTE
+                used = (self.context.tokens or 0) > SYSTEM_TOKENS
+                if used and not doomed and self.chance.random() < 0.05:
                     self.new_session(at)
                 elif not forked and at > day.back:
                     forked = True
@@ -156,7 +159,7 @@ class Agent:
             elif self.role.only in {-1, number} and (weekday < 5 or self.role.weekends):
                 begin = midnight + int(hours[0] * HOUR) + self.between(-15 * MINUTE, 15 * MINUTE)
                 end = midnight + int(hours[1] * HOUR) + self.between(-15 * MINUTE, 15 * MINUTE)
-                lunch = midnight + int(12.2 * HOUR) + self.between(0, 20 * MINUTE)
+                lunch = midnight + int(11.9 * HOUR) + self.between(0, 50 * MINUTE)
                 if end > start:
                     yield Day(number, max(begin, start), lunch, lunch + self.between(40 * MINUTE, HOUR), end)
             number += 1
@@ -176,7 +179,7 @@ class Agent:
         return models[0] if self.chance.random() < 0.75 else self.chance.choice(models)
 
     def calls(self) -> int:
-        return 1 + min(self.between(0, self.role.turns), self.between(0, self.role.turns))
+        return 1 + self.between(0, self.role.turns)
 
     # -- what differs from kind to kind
 

@@ -108,7 +108,7 @@ class Claude(Logged):
     """
 
     source = "claude"
-    limits = (("five_hour", 5 * HOUR, 22 * PICO), ("seven_day", 7 * DAY, 260 * PICO))
+    limits = (("five_hour", 5 * HOUR, 34 * PICO), ("seven_day", 7 * DAY, 300 * PICO))
 
     def __init__(self, host: Host, role: Role, chance: random.Random) -> None:
         super().__init__(host, role, chance)

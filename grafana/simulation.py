@@ -34,21 +34,21 @@ RUNAWAY_DAY = 5
 """The day, counted from the first one, on which agents loop for hours."""
 
 DESK = (
-    Role("pi", "checkout", (OPUS, SONNET), turns=16, crash=1),
-    Role("pi", "search", (SONNET, HAIKU), logged=True, fork=4),
-    Role("omp", "ledger", (SONNET, GPT), turns=12, think=9),
-    Role("claude", "website", (OPUS,), subscription=True, think=5),
+    Role("pi", "checkout", (OPUS, SONNET), turns=24, crash=1),
+    Role("pi", "search", (SONNET, HAIKU), logged=True, fork=2),
+    Role("omp", "ledger", (SONNET, GPT), turns=20, think=6),
+    Role("claude", "website", (OPUS,), subscription=True, turns=16, think=5),
     Role("codex", "infra", (CODEX,), turns=10, think=12),
 )
 """A developer's machine, with a subscription."""
 
 BENCH = (
-    Role("pi", "mobile", (SONNET, OPUS), think=7, hours=(7.6, 16.4)),
-    Role("pi", "payments", (OPUS, HAIKU), turns=10, think=10, crash=4, hours=(9.5, 18.6)),
-    Role("opencode", "catalog", (GPT, FLASH, QWEN), think=7, fork=1, hours=(9.2, 18.0)),
+    Role("pi", "mobile", (SONNET, OPUS), turns=18, think=5, hours=(7.6, 16.4)),
+    Role("pi", "payments", (OPUS, HAIKU), turns=16, think=7, crash=6, hours=(9.5, 18.6)),
+    Role("opencode", "catalog", (GPT, FLASH, QWEN), turns=18, think=6, fork=1, hours=(9.2, 18.0)),
     Role("codex", "preview", (PREVIEW,), turns=6, think=25),
-    *(Role("pi", f"migration-{number}", (OPUS,), turns=60, think=0.05, only=RUNAWAY_DAY, hours=(13.3, 16.2))
-      for number in (1, 2, 3)),
+    *(Role("pi", f"migration-{number}", (OPUS,), turns=60, think=0.05, only=RUNAWAY_DAY, hours=(12.6, 17.2))
+      for number in range(1, 6)),
     Role("pi", "nightly", (HAIKU,), turns=30, think=1, hours=(2.0, 3.1), weekends=True),
 )
 """Another one. Has a model in no price list, a job at night, and once a loop that nobody stops for hours."""

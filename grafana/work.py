@@ -42,10 +42,10 @@ class Model:
         return f"{self.provider}/{self.name}"
 
 
-OPUS = Model("anthropic", "claude-opus-4-8", 200_000, (5_000_000, 25_000_000, 500_000, 6_250_000), 55)
-SONNET = Model("anthropic", "claude-sonnet-4-6", 200_000, (3_000_000, 15_000_000, 300_000, 3_750_000), 80)
+OPUS = Model("anthropic", "claude-opus-4-8", 200_000, (5_000_000, 25_000_000, 500_000, 6_250_000), 38)
+SONNET = Model("anthropic", "claude-sonnet-4-6", 200_000, (3_000_000, 15_000_000, 300_000, 3_750_000), 55)
 HAIKU = Model("anthropic", "claude-haiku-4-5", 200_000, (1_000_000, 5_000_000, 100_000, 1_250_000), 150)
-GPT = Model("openai", "gpt-5.2", 272_000, (1_750_000, 14_000_000, 175_000, 0), 70)
+GPT = Model("openai", "gpt-5.2", 272_000, (1_750_000, 14_000_000, 175_000, 0), 50)
 FLASH = Model("google", "gemini-3-flash", 400_000, (500_000, 3_000_000, 50_000, 0), 160)
 QWEN = Model("openrouter", "qwen3-coder", 256_000, (220_000, 950_000, 55_000, 0), 90)
 CODEX = Model("openai", "gpt-5-codex", 272_000, None, 65)
@@ -121,8 +121,8 @@ class Context:
 
 
 _TOOLS = (  # name, share, median seconds, spread, share that fails, median tokens of the result
-    ("bash", 0.40, 1.6, 1.5, 0.07, 700),
-    ("read", 0.27, 0.03, 0.6, 0.01, 2100),
+    ("bash", 0.40, 7.0, 1.3, 0.07, 600),
+    ("read", 0.27, 0.03, 0.6, 0.01, 1500),
     ("edit", 0.19, 0.06, 0.5, 0.03, 260),
     ("grep", 0.09, 0.22, 0.8, 0.005, 600),
     ("write", 0.05, 0.05, 0.5, 0.005, 120),

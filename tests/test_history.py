@@ -11,6 +11,7 @@ next.
 from __future__ import annotations
 
 import math
+import struct
 from collections import Counter
 from typing import TYPE_CHECKING, NamedTuple
 
@@ -23,6 +24,7 @@ from coding_agent_exporter.model import PICO
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
+    from pathlib import Path
 
 INTERVAL = 60.0
 HOUR, DAY = 3600.0, 86_400.0
@@ -190,3 +192,14 @@ def test_what_has_vanished_is_soon_out_of_sight(history: History) -> None:
     up = f'up{{instance="{history.records[2].target.instance}"}}'
     assert history.server.query(up, last + 2 * INTERVAL)
     assert history.server.query(up, last + 3 * INTERVAL) == []
+
+
+def test_the_pictures_of_the_documentation_can_be_drawn(history: History, tmp_path: Path) -> None:
+    """From the dashboards as they are: every panel that is drawn is there, and its query has an answer."""
+    from grafana import pictures
+
+    pictures.draw(history.server, pictures.HERE / "dashboards", tmp_path, now=START + 16 * HOUR)
+    for name in ("fleet", "spend", "turns"):
+        content = (tmp_path / f"{name}.png").read_bytes()
+        assert struct.unpack(">4xI", content[12:20]) == (1600,)
+        assert 30_000 < len(content) < 250_000
