@@ -3,6 +3,7 @@
 # make lint   ruff, mypy, import-linter, and whether the generated docs and dashboards are up to date
 # make bench  the benchmarks; ARGS="--full" adds one of 5,000,000 events
 # make docs   write the generated docs and dashboards
+# make pictures  draw docs/images over a simulated week; needs prometheus and promtool, takes minutes
 # make clean  remove what the above made
 #
 # Needs Python 3.11 or newer with its venv module; everything else goes into .venv, from the index that pip is
@@ -21,7 +22,7 @@ MIN_PYTHON := 3.11
 markdown_of = $(PY) -c 'from coding_agent_exporter import $(1) as m; print(m.markdown(), end="")'
 outdated = { echo 'the generated docs are out of date: make docs' >&2; exit 1; }
 
-.PHONY: run test lint bench docs clean
+.PHONY: run test lint bench docs pictures clean
 .DELETE_ON_ERROR:
 
 run: $(VENV)/.package
@@ -45,6 +46,9 @@ docs: $(VENV)/.package $(VENV)/.dev
 	$(call markdown_of,config) > docs/configuration.md
 	$(call markdown_of,families) > docs/metrics.md
 	$(PY) -m grafana
+
+pictures: $(VENV)/.package $(VENV)/.dev
+	$(PY) -m grafana.pictures
 
 clean:
 	rm -rf $(VENV) dist build .mypy_cache .ruff_cache .pytest_cache .hypothesis .import_linter_cache

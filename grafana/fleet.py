@@ -86,7 +86,7 @@ def _now(board: Board) -> None:
                                "directories than those of heartbeats."),
                q.or_zero(q.spent(REAL)), unit="currencyUSD", empty=NO_EXPORTER, since="now/d", decimals=2, width=3,
                link=to_dashboard("Spend", SPEND)),
-        number("Burn rate", "Real money (api_key) in the last 15 minutes, as USD per hour.",
+        number("Burn rate per hour", "Real money (api_key) in the last 15 minutes, as USD per hour.",
                q.or_zero(f"{q.rate(REAL)} * 3600"), unit="currencyUSD", empty=NO_EXPORTER, interval="15m", decimals=2,
                width=3, link=to_dashboard("Spend", SPEND)),
     )
@@ -177,7 +177,8 @@ def _money(board: Board) -> None:
               target(f"sum by (activity) ({q.telemetry('coding_agent_instances')})", "{{activity}}"), unit="short",
               empty=NO_AGENT, stack=True, names=("working", "waiting_input", "unknown"),
               link=to_dashboard("Turns", TURNS)),
-        lines("Burn rate by source", "Real money (api_key) as USD per hour, of all roots. Subscriptions are not in it.",
+        lines("Burn rate per hour by source", ("Real money (api_key) as USD per hour, of all roots. Subscriptions are "
+                                               "not in it."),
               target(f"{q.rate(REAL, 'source')} * 3600", "{{source}}"), unit="currencyUSD",
               empty="No money (api_key) was spent so far", interval="5m", stack=True,
               link=to_dashboard("Spend", SPEND)),

@@ -99,7 +99,7 @@ def fleet(source: Source) -> Page:
     _numbers(page, source, (
         ("Working", count, ((None, BLUE),)), ("Waiting for input", count, ((None, PURPLE),)),
         ("Longest wait", duration, wait), ("Fullest context", percent, CONTEXT), ("Stale", count, one),
-        ("Lost", count, one), ("Spent today", money, ((None, BLUE),)), ("Burn rate", money, ((None, BLUE),)),
+        ("Lost", count, one), ("Spent today", money, ((None, BLUE),)), ("Burn rate per hour", money, ((None, BLUE),)),
     ))
     _agents(page, source)
     rows = sorted(source.over_time("What agents did", step=INTERVAL), key=_by_instance)

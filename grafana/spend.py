@@ -88,7 +88,7 @@ def _totals(board: Board) -> None:
                                    "any."),
                q.or_zero(q.spent(q.usage(COST, q.REAL, 'provenance="estimated"'))), unit="currencyUSD",
                empty=NO_EXPORTER, thresholds=((None, GREEN), (0.005, ORANGE)), decimals=2, width=3),
-        number("Burn rate", "Real money (api_key) in the last 15 minutes, as USD per hour.",
+        number("Burn rate per hour", "Real money (api_key) in the last 15 minutes, as USD per hour.",
                q.or_zero(f"{q.rate(REAL)} * 3600"), unit="currencyUSD", empty=NO_EXPORTER, interval="15m", decimals=2,
                width=3, link=to_dashboard("Fleet", FLEET)),
         number("Samples reach back", ("Age of the oldest sample of an exporter, 32 days at most. Figures of a longer "

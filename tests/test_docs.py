@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import pytest
+import yaml
 from prometheus_client.parser import text_string_to_metric_families
 
 from coding_agent_exporter import cli, config, families, spans, webconfig
@@ -38,6 +39,12 @@ VALUES = {
     "outcome": {"ok", "failed", "error", "unknown"},
 }
 """Labels with a closed set of values."""
+
+
+RECORDED = {rule["record"] for file in ROOT.glob("grafana/rules/*.yaml")
+            for group in yaml.safe_load(file.read_text(encoding="utf-8"))["groups"] for rule in group["rules"]
+            if "record" in rule}
+"""Series that the rules add."""
 
 
 @dataclass(frozen=True)
@@ -120,9 +127,11 @@ def test_every_command_is_in_the_readme() -> None:
 
 @on_every_page
 def test_metrics_exist(page: Path) -> None:
-    """Every name with the prefix of the metrics is a family; the package's own name is none."""
-    written = set(re.findall(r"(?<![\w/])coding_agent_\w*[a-z](?![\w/*])", page.read_text(encoding="utf-8")))
+    """Every name with the prefix of the metrics is a family or is recorded; the package's own name is none."""
+    text = page.read_text(encoding="utf-8")
+    written = set(re.findall(r"(?<![\w/:])coding_agent_\w*[a-z](?![\w/*:])", text))
     assert written - families.BY_NAME.keys() - {"coding_agent_exporter"} == set()
+    assert set(re.findall(r"\b[a-z]+:coding_agent_\w+:\w+", text)) - RECORDED == set()
 
 
 def test_every_metric_of_the_exporter_itself_is_explained() -> None:
@@ -186,14 +195,23 @@ def test_scrape_configuration_is_taken(block: Block, tool: Callable[[str], str],
     assert f"localhost{port}" in block.text
 
 
-FOREIGN = ("scrape_configs:", "receivers:")
-"""What opens the YAML of other programs: Prometheus, OpenTelemetry Collector."""
+FOREIGN = ("scrape_configs:", "rule_files:", "receivers:", "route:", "apiVersion:", "# values.yaml")
+"""What opens the YAML of other programs: Prometheus, OpenTelemetry Collector, Alertmanager, Grafana, Helm."""
 
 
 @pytest.mark.parametrize("block", [each for each in blocks("yaml") if not each.text.startswith(FOREIGN)], ids=str)
 def test_web_configuration_is_taken(block: Block) -> None:
     """All other YAML is a web configuration that can be honoured as it stands."""
     assert webconfig.parse(block.text.encode(), ROOT / "web.yml").notes == ()
+
+
+@pytest.mark.parametrize("block", [each for each in blocks("yaml") if each.text.startswith("route:")], ids=str)
+def test_alertmanager_takes_its_configuration(block: Block, tmp_path: Path, tool: Callable[[str], str]) -> None:
+    """amtool has nothing to say against it."""
+    file = tmp_path / "alertmanager.yml"
+    file.write_text(block.text)
+    done = subprocess.run([tool("amtool"), "check-config", file], capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stdout + done.stderr
 
 
 @pytest.mark.parametrize("block", blocks("toml"), ids=str)
