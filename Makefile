@@ -4,6 +4,7 @@
 # make bench  the benchmarks; ARGS="--full" adds one of 5,000,000 events
 # make docs   write the generated docs and dashboards
 # make pictures  draw docs/images over a simulated week; needs prometheus and promtool, takes minutes
+# make image  build the container image and try it: needs buildah, debootstrap and root, or skips with the reason
 # make clean  remove what the above made
 #
 # Needs Python 3.11 or newer with its venv module; everything else goes into .venv, from the index that pip is
@@ -22,7 +23,7 @@ MIN_PYTHON := 3.11
 markdown_of = $(PY) -c 'from coding_agent_exporter import $(1) as m; print(m.markdown(), end="")'
 outdated = { echo 'the generated docs are out of date: make docs' >&2; exit 1; }
 
-.PHONY: run test lint bench docs pictures clean
+.PHONY: run test lint bench docs pictures image clean
 .DELETE_ON_ERROR:
 
 run: $(VENV)/.package
@@ -32,12 +33,13 @@ test: $(VENV)/.package $(VENV)/.dev
 	$(PY) -m pytest $(ARGS)
 
 lint: $(VENV)/.package $(VENV)/.dev
-	$(VENV)/bin/ruff check src tests benchmarks grafana
+	$(VENV)/bin/ruff check src tests benchmarks grafana helm image
 	$(VENV)/bin/mypy
 	$(VENV)/bin/lint-imports
 	@$(call markdown_of,config) | diff -u docs/configuration.md - || $(outdated)
 	@$(call markdown_of,families) | diff -u docs/metrics.md - || $(outdated)
 	@$(PY) -m grafana --check
+	@$(PY) helm/readme.py --check
 
 bench: $(VENV)/.package $(VENV)/.dev
 	$(PY) -m benchmarks $(ARGS)
@@ -46,13 +48,17 @@ docs: $(VENV)/.package $(VENV)/.dev
 	$(call markdown_of,config) > docs/configuration.md
 	$(call markdown_of,families) > docs/metrics.md
 	$(PY) -m grafana
+	$(PY) helm/readme.py
+
+image: $(VENV)/.package $(VENV)/.dev
+	IMAGE_TEST=1 $(PY) -m pytest -rP tests/test_image.py $(ARGS)
 
 pictures: $(VENV)/.package $(VENV)/.dev
 	$(PY) -m grafana.pictures
 
 clean:
 	rm -rf $(VENV) dist build .mypy_cache .ruff_cache .pytest_cache .hypothesis .import_linter_cache
-	find src tests benchmarks grafana -name __pycache__ -type d -prune -exec rm -rf {} +
+	find src tests benchmarks grafana helm image -name __pycache__ -type d -prune -exec rm -rf {} +
 
 # Dependencies come in when pyproject.toml changes, and only then. pip knows --group since 25.1.
 $(VENV)/.made: pyproject.toml

@@ -205,15 +205,6 @@ def test_web_configuration_is_taken(block: Block) -> None:
     assert webconfig.parse(block.text.encode(), ROOT / "web.yml").notes == ()
 
 
-@pytest.mark.parametrize("block", [each for each in blocks("yaml") if each.text.startswith("route:")], ids=str)
-def test_alertmanager_takes_its_configuration(block: Block, tmp_path: Path, tool: Callable[[str], str]) -> None:
-    """amtool has nothing to say against it."""
-    file = tmp_path / "alertmanager.yml"
-    file.write_text(block.text)
-    done = subprocess.run([tool("amtool"), "check-config", file], capture_output=True, text=True, check=False)
-    assert done.returncode == 0, done.stdout + done.stderr
-
-
 @pytest.mark.parametrize("block", blocks("toml"), ids=str)
 def test_toml_is_taken(block: Block, tmp_path: Path) -> None:
     """Every TOML file in the documentation is a configuration of the exporter."""

@@ -148,6 +148,7 @@ def test_instance_files_that_are_none_are_counted_by_state(tmp_path: Path) -> No
         seen = exporter.scrape()
         memory = exporter.peak_memory()
     assert {dict(labels).get("pid") for _, labels in seen} == {None, "1"}
+    assert [len(exporter.logged(str(directory / f"{pid}.json"))) for pid in range(1, 10)] == [0, *[1] * 8], "named once"
     assert total(seen, "coding_agent_context_percent", pid="1") == 42
     assert [total(seen, FILES, kind="telemetry", state=state) for state in ("ok", "unreadable", "invalid")] == [1, 4, 4]
     assert sum(rejected(seen, "telemetry").values()) == 8, "each once, not once a scrape"

@@ -198,8 +198,8 @@ def test_files_that_may_not_be_read_are_said_to_be_unreadable(volume: Path, tmp_
             if path.is_dir():
                 path.chmod(0o2770)
         seen = scraped(sidecar, lambda seen: total(seen, FILES, state="unreadable") == 2, "two unreadable files")
-        session = next(volume.glob("sessions/*/*.jsonl"))
-        wait_for(lambda: session.name in sidecar.log, "the log to name the file")
+        session, heartbeat = next(volume.glob("sessions/*/*.jsonl")), next(volume.rglob("*.json"))
+        wait_for(lambda: session.name in sidecar.log and heartbeat.name in sidecar.log, "the log to name both files")
     assert total(seen, FILES, kind="telemetry", state="unreadable") == 1
     assert total(seen, FILES, kind="sessions", state="unreadable") == 1
     assert (running(seen), total(seen, COST)) == ({}, 0)

@@ -28,13 +28,15 @@ class Scan:
     """What one look at the directory found.
 
     `states` counts the files now present: `ok`, `unreadable` (permission, not regular, too large), `invalid`.
-    `rejected` holds what is newly wrong: a bad file counts once per distinct content, not once per scan.
+    `rejected` holds what is newly wrong: a bad file counts once per distinct content, not once per scan. `paths` are
+    those that it is about, in the same order.
     """
 
     changed: list[tuple[str, Heartbeat]] = field(default_factory=list)
     present: frozenset[str] = frozenset()
     states: dict[str, int] = field(default_factory=lambda: {"ok": 0, "unreadable": 0, "invalid": 0})
     rejected: list[Rejected] = field(default_factory=list)
+    paths: list[str] = field(default_factory=list)
 
 
 @dataclass(slots=True)
@@ -78,6 +80,7 @@ class InstanceDir:
             names.update(self._known)
             if not self._complaint:
                 found.rejected.append(Rejected("unreadable"))
+                found.paths.append(str(self.root.path))
             self._complaint = "unreadable"
         else:
             self._complaint = ""
@@ -106,6 +109,7 @@ class InstanceDir:
                 found.changed.append((name, result))
             elif result is not None:
                 found.rejected.append(result)
+                found.paths.append(entry.path)
         names.add(name)
 
     def _read(self, name: str, path: str, status: os.stat_result,

@@ -139,7 +139,7 @@ class Inputs:
         self._present = Counter((file.root, file.kind, "ok") for file in found.files)
         for root, path, reason in found.unreadable:
             self._present[root.alias, root.kind, "unreadable"] += 1
-            self._warn(str(path), reason)
+            self.warn(str(path), reason)
         for row in self._registry:
             if row.path in self._files and row.seen != today:
                 row.seen = today
@@ -173,7 +173,7 @@ class Inputs:
         states[file.root, file.kind, "ok"] -= 1
         if reason != "vanished":
             states[file.root, file.kind, "unreadable"] += 1
-            self._warn(str(file.path), reason)
+            self.warn(str(file.path), reason)
 
     def _read(self, file: SourceFile, row: FileRow, budget: int) -> int:
         """Read one file to its end, or until the budget is used up. Returns what is left of the budget."""
@@ -209,7 +209,7 @@ class Inputs:
         self.stats[families.LINES_READ.name, where] += lines
         if chunk.oversized:
             self.stats[families.REJECTED.name, (*where, "oversized")] += chunk.oversized
-            self._warn(str(file.path), "a line is longer than --input.max-line-size and was skipped")
+            self.warn(str(file.path), "a line is longer than --input.max-line-size and was skipped")
 
     def _apply(self, file: SourceFile, row: FileRow, data: bytes) -> None:
         if file.kind == "usage":
@@ -231,7 +231,7 @@ class Inputs:
         for reason, count in rejected.items():
             self.stats[families.REJECTED.name, (file.root, file.kind, reason)] += count
 
-    def _warn(self, path: str, reason: str) -> None:
+    def warn(self, path: str, reason: str) -> None:
         """Say it once for each path: the metrics say it all the time."""
         if (path, reason) not in self._warned and len(self._warned) < MAX_WARNED:
             self._warned.add((path, reason))

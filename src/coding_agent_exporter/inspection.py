@@ -27,8 +27,8 @@ def inspect(settings: Settings) -> list[RootReport]:
 def _telemetry(root: Root) -> RootReport:
     scan = InstanceDir(root).scan()
     found = {"agents": scan.states["ok"]}
-    problems = [f"{rejected.count} instance files rejected: {rejected.reason}" for rejected in scan.rejected]
-    return RootReport(root, root.path.is_dir(), found, tuple(problems))
+    problems = [f"{path}: {rejected.reason}" for path, rejected in zip(scan.paths, scan.rejected, strict=True)]
+    return RootReport(root, root.path.is_dir(), found, _few(problems))
 
 
 def _logs(root: Root, settings: Settings) -> RootReport:
@@ -60,7 +60,11 @@ def _logs(root: Root, settings: Settings) -> RootReport:
     problems += [
         f"{count} lines or parts of lines rejected: {reason}" for reason, count in sorted(rejected.items()) if count
     ]
-    if len(problems) > MAX_PROBLEMS:
-        problems[MAX_PROBLEMS:] = [f"and {len(problems) - MAX_PROBLEMS} more"]
     what = ("usage logs", "events") if root.kind == "usage" else ("session files", "messages")
-    return RootReport(root, root.path.is_dir(), {what[0]: len(found.files), what[1]: accepted}, tuple(problems))
+    return RootReport(root, root.path.is_dir(), {what[0]: len(found.files), what[1]: accepted}, _few(problems))
+
+
+def _few(problems: list[str]) -> tuple[str, ...]:
+    if len(problems) > MAX_PROBLEMS:
+        return (*problems[:MAX_PROBLEMS], f"and {len(problems) - MAX_PROBLEMS} more")
+    return tuple(problems)

@@ -254,7 +254,8 @@ class Pipeline:
                 self._instances.observe(root, name, heartbeat, now, count_compactions=counted)
             for state, count in scan.states.items():
                 self._states[root, "telemetry", state] += count
-            for rejected in scan.rejected:
+            for path, rejected in zip(scan.paths, scan.rejected, strict=True):
+                self.inputs.warn(path, rejected.reason)
                 self._stats[families.REJECTED.name, (root, "telemetry", rejected.reason)] += rejected.count
         self._instances.tick(now)
         for key, amount in self._instances.take().items():
