@@ -184,14 +184,15 @@ class Page:
         self, x: float, y: float, w: float, h: float, title: str, rows: Sequence[tuple[str, Points]], *,
         span: tuple[float, float], step: float,
     ) -> None:
-        """A histogram over time. `rows` are buckets from the lowest on, with the upper edge as name."""
+        """A histogram over time, each cell ending where its time is. `rows` are buckets from the lowest on, with the
+        upper edge as name."""
         axes = self._axes(x, y, w, h, title, unit=str, span=span, bottom=32, left=62)
         axes.grid(visible=False)
         stamps = sorted({at for _, points in rows for at, _ in points})
         cells = [[max(0.0, dict(points).get(at, 0.0)) for at in stamps] for _, points in rows]
         shown = [[value if value >= 0.5 else math.nan for value in row] for row in cells]
         most = max((max(row, default=0.0) for row in cells), default=1.0)
-        mesh = axes.pcolormesh([*stamps, stamps[-1] + step], range(len(rows) + 1), shown, cmap="viridis",
+        mesh = axes.pcolormesh([stamps[0] - step, *stamps], range(len(rows) + 1), shown, cmap="viridis",
                                norm=LogNorm(1, max(2.0, most)), edgecolors=PANEL, linewidth=0.4)
         mesh.set_rasterized(True)
         axes.set_yticks(range(1, len(rows) + 1), [name for name, _ in rows], fontsize=FONT)

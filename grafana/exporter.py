@@ -63,8 +63,8 @@ def _health(board: Board) -> None:
                thresholds=((None, GREEN), (2**20, ORANGE)), width=3),
         number("Unreadable files", ("Files that cannot be read (permission, no regular file, a link out of the "
                                     "directory) or not be understood. Red from 1 on; the log names them."),
-               q.or_zero(f"""sum ({own('files', 'state=~"unreadable|invalid"')})"""), unit="short", empty=NO_EXPORTER,
-               thresholds=BAD, width=3),
+               q.or_zero(f"""sum ({own('files', 'state=~"unreadable|invalid"')})""", now=True), unit="short",
+               empty=NO_EXPORTER, thresholds=BAD, width=3),
         number("Failed commits", ("In the time range. While commits fail counters stand still, and nothing is lost. "
                                   "Red from 1 on."),
                grew("store_commits_total", 'outcome="failed"'), unit="short", empty=NO_EXPORTER, thresholds=BAD,

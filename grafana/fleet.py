@@ -62,7 +62,7 @@ def board() -> Board:
 def _now(board: Board) -> None:
     def running(state: str) -> str:
         series = q.telemetry("coding_agent_instances", f'activity="{state}"')
-        return q.or_zero(f"sum ({series})")
+        return q.or_zero(f"sum ({series})", now=True)
 
     board.row(
         "Now",
@@ -72,13 +72,13 @@ def _now(board: Board) -> None:
                running("waiting_input"), unit="short", empty=NO_EXPORTER, thresholds=((None, PURPLE),), width=3),
         number("Longest wait", ("How long the agent has waited that waits longest. Orange from 5 minutes on, red from "
                                 "15."),
-               q.or_zero(f"max (\n{q.waiting()}\n)"), unit="s", empty=NO_EXPORTER, thresholds=WAIT, width=3),
+               q.or_zero(f"max (\n{q.waiting()}\n)", now=True), unit="s", empty=NO_EXPORTER, thresholds=WAIT, width=3),
         number("Fullest context", "Of the agents that run now. Orange from 85 % on, red from 95 %: compaction is near.",
                f"max ({PERCENT})", unit="percent", empty=NO_CONTEXT, thresholds=CONTEXT, decimals=0, width=3),
         number("Stale", ("Agents whose heartbeat is overdue: killed, stopped, or their host is gone. "
                          "Red from 1 on."),
-               q.or_zero(f"sum ({q.telemetry('coding_agent_instance_stale')})"), unit="short", empty=NO_EXPORTER,
-               thresholds=((None, GREEN), (1, RED)), width=3),
+               q.or_zero(f"sum ({q.telemetry('coding_agent_instance_stale')})", now=True), unit="short",
+               empty=NO_EXPORTER, thresholds=((None, GREEN), (1, RED)), width=3),
         number("Lost", "Agents that went stale without shutting down, in the time range. Red from 1 on.",
                q.or_zero(q.spent(q.telemetry("coding_agent_instances_lost_total"))), unit="short", empty=NO_EXPORTER,
                thresholds=((None, GREEN), (1, RED)), width=3),
@@ -87,8 +87,8 @@ def _now(board: Board) -> None:
                q.or_zero(q.spent(REAL)), unit="currencyUSD", empty=NO_EXPORTER, since="now/d", decimals=2, width=3,
                link=to_dashboard("Spend", SPEND)),
         number("Burn rate per hour", "Real money (api_key) in the last 15 minutes, as USD per hour.",
-               q.or_zero(f"{q.rate(REAL)} * 3600"), unit="currencyUSD", empty=NO_EXPORTER, interval="15m", decimals=2,
-               width=3, link=to_dashboard("Spend", SPEND)),
+               q.hourly(REAL), unit="currencyUSD", empty=NO_EXPORTER, decimals=2, width=3,
+               link=to_dashboard("Spend", SPEND)),
     )
 
 
@@ -152,7 +152,7 @@ def _context(board: Board) -> None:
         lines("Context", ("How full contexts are, as sampled. A gap: not known, as after a compaction. "
                           "The lines are at 85 % (close) and 95 % (near the limit)."),
               target(q.named(q.agents(PERCENT)), NAME), unit="percent", empty=NO_CONTEXT,
-              thresholds=CONTEXT, top=100, height=9),
+              thresholds=CONTEXT, soft_top=100, height=9),
         lines("Peaks of context", ("The highest that contexts were between two points, also for a moment between two "
                                    "scrapes. The lines are at 85 % and 95 %."),
               target(q.named(q.agents(PEAK)), NAME), unit="percent", empty=NO_CONTEXT,

@@ -87,7 +87,7 @@ def _common(
 
 def number(
     title: str, description: str, expr: str, *, unit: str, empty: str, thresholds: Steps = ((None, BLUE),),
-    decimals: int | None = None, since: str = "", interval: str = "", width: int = 4, height: int = 4,
+    decimals: int | None = None, since: str = "", width: int = 4, height: int = 4,
     link: dashboards.DashboardLink | None = None,
 ) -> stat.Panel:
     """One large number. `since` is a time range of its own, up to now: `now/d` is today."""
@@ -99,8 +99,6 @@ def number(
         panel.decimals(decimals)
     if since:
         panel.time_from(since)
-    if interval:
-        panel.interval(interval)
     if link:
         panel.links([link])
     return panel
@@ -149,10 +147,11 @@ def ranking(
 def lines(
     title: str, description: str, *targets: prometheus.Dataquery, unit: str, empty: str,
     thresholds: Steps | None = None, width: int = 12, height: int = 8, calcs: tuple[str, ...] = ("lastNotNull", "max"),
-    interval: str = "", log: bool = False, top: float | None = None, stack: bool = False,
-    names: Iterable[str] = (), link: dashboards.DashboardLink | None = None,
+    interval: str = "", log: bool = False, top: float | None = None, soft_top: float | None = None,
+    stack: bool = False, names: Iterable[str] = (), link: dashboards.DashboardLink | None = None,
 ) -> timeseries.Panel:
     """Lines over time, with a table of `calcs` below. `thresholds` are drawn as dashed lines; `log` is a log axis.
+    The axis ends at `top`; at `soft_top` while nothing is higher.
 
     Series that are named as one of `names`, states or kinds, have its colour.
     """
@@ -173,6 +172,8 @@ def lines(
         panel.scale_distribution(options.ScaleDistributionConfig().type(common.ScaleDistribution.LOG).log(10))
     if top is not None:
         panel.max(top)
+    if soft_top is not None:
+        panel.axis_soft_max(soft_top)
     if link:
         panel.links([link])
     for name in names:

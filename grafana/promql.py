@@ -72,14 +72,28 @@ def bars(series: str, *by: str) -> str:
     return spent(series, *by, window=STEP, ahead=True)
 
 
-def rate(series: str, *by: str) -> str:
+def cells(series: str, *by: str) -> str:
+    """What a counter rose by up to each point: Grafana draws the cells of a heat map before their time, not after."""
+    return spent(series, *by, window=STEP)
+
+
+def rate(series: str, *by: str, window: str = "$__rate_interval") -> str:
     """Units a second."""
-    return total("sum", by, f"rate({series}[$__rate_interval])")
+    return total("sum", by, f"rate({series}[{window}])")
 
 
-def or_zero(expr: str) -> str:
-    """0 instead of nothing, while an exporter is there to say so: where none is, nothing is known."""
-    return f"{expr}\nor\n0 * max(max_over_time({select('coding_agent_exporter_build_info')}[{WINDOW}]))"
+def hourly(series: str) -> str:
+    """Units an hour, of the last 15 minutes, however long the time range is: $__rate_interval would grow with it."""
+    return or_zero(f"{rate(series, window='15m')} * 3600", now=True)
+
+
+def or_zero(expr: str, *, now: bool = False) -> str:
+    """0 instead of nothing, where an exporter was there in the time range to say so: where none was, nothing is known.
+
+    `now`: one that is there at the end of it. Whether agents wait is not known of an exporter that has gone.
+    """
+    build = select("coding_agent_exporter_build_info")
+    return f"{expr}\nor\n0 * max({build if now else f'max_over_time({build}[{WINDOW}])'})"
 
 
 def estimated_marked(expr: str, *by: str) -> str:

@@ -46,12 +46,13 @@ LIMIT = ((None, GREEN), (80, ORANGE), (90, RED))
 
 def board() -> Board:
     """The dashboard."""
-    series = q.select(COST, 'root=~"$root"')
+    # Claude Code's log has money and no tokens, that of a model without a price tokens and no money.
+    known = f'__name__=~"{COST}|coding_agent_tokens_total"'
     board = Board(
         SPEND, "Coding agents / Spend",
         "What coding agents cost: real money (api_key) and, apart from it, what subscriptions would have cost.",
-        chosen(root("root", "usage|sessions"), by_label("source", "Source", series),
-               by_label("model", "Model", q.select(COST, 'root=~"$root"', 'source=~"$source"'))),
+        chosen(root("root", "usage|sessions"), by_label("source", "Source", q.select("", known, 'root=~"$root"')),
+               by_label("model", "Model", q.select("", known, 'root=~"$root"', 'source=~"$source"'))),
         since="now-7d", refresh="1m")
     _totals(board)
     _breakdown(board)
@@ -65,7 +66,9 @@ def board() -> Board:
 def _totals(board: Board) -> None:
     calendar = "Real money (api_key), estimates included, since the start of the {}, in the time zone of the dashboard."
     left = f"scalar(clamp_min(days_in_month() * {DAY} - $__range_s, 0))"
-    forecast = f"{q.spent(REAL)}\n+\n{q.spent(REAL, window='7d')} / {7 * DAY} * {left}"
+    week = q.spent(REAL, window="7d")
+    # On the first of a month there may be no series of this month yet, while last week's pods have ended.
+    forecast = f"({q.spent(REAL)} or 0 * {week})\n+\n{week} / {7 * DAY} * {left}"
     reach = f"max(time() - min_over_time(timestamp({q.select('coding_agent_exporter_build_info')})[32d:1h]))"
     budget = ("100 * max by (period) (period:coding_agent_cost_usd:spent)\n"
               "/ on (period)\n(max by (period) (period:coding_agent_budget_usd:limit) > 0)")
@@ -89,8 +92,8 @@ def _totals(board: Board) -> None:
                q.or_zero(q.spent(q.usage(COST, q.REAL, 'provenance="estimated"'))), unit="currencyUSD",
                empty=NO_EXPORTER, thresholds=((None, GREEN), (0.005, ORANGE)), decimals=2, width=3),
         number("Burn rate per hour", "Real money (api_key) in the last 15 minutes, as USD per hour.",
-               q.or_zero(f"{q.rate(REAL)} * 3600"), unit="currencyUSD", empty=NO_EXPORTER, interval="15m", decimals=2,
-               width=3, link=to_dashboard("Fleet", FLEET)),
+               q.hourly(REAL), unit="currencyUSD", empty=NO_EXPORTER, decimals=2, width=3,
+               link=to_dashboard("Fleet", FLEET)),
         number("Samples reach back", ("Age of the oldest sample of an exporter, 32 days at most. Figures of a longer "
                                       "time are too low: Prometheus keeps 15 days unless it is told otherwise, and a "
                                       "young installation has less. Orange below 31 days, red below 7."),

@@ -95,7 +95,7 @@ def _turns(board: Board) -> None:
                                     "where the data source knows of exemplars."),
               *(target(expr, f"p{share * 100:g}", exemplars=share == 0.9) for share, expr in over_time(BUCKETS)),
               unit="s", empty=NO_FILES, interval="5m", log=True, height=9),
-        heat("Durations", "How many turns took how long. Dots lead to traces.", q.bars(BUCKETS, "le"), unit="s",
+        heat("Durations", "How many turns took how long. Dots lead to traces.", q.cells(BUCKETS, "le"), unit="s",
              empty=NO_FILES, interval="5m"),
         lines("Time to first token", "From the start of a model call to its first token, on a log axis.",
               *(target(expr, f"p{share * 100:g}", exemplars=share == 0.9) for share, expr in over_time(FIRST)),

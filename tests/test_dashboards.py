@@ -12,6 +12,7 @@ import pytest
 import yaml
 from grafana import __main__ as command
 from grafana.board import explore
+from grafana.queries import names as metrics_of
 
 from coding_agent_exporter import families, spans
 
@@ -37,6 +38,11 @@ MADE = {"le", "mark", "period"}
 def panels(document: Document) -> list[Document]:
     """The panels that show data; the rows are none."""
     return [panel for panel in document["panels"] if panel["type"] != "row"]
+
+
+def titled(name: str, title: str) -> Document:
+    (found,) = [each for each in panels(DASHBOARDS[name]) if each["title"] == title]
+    return found
 
 
 def queries(document: Document) -> Iterator[tuple[str, str]]:
@@ -183,11 +189,55 @@ def test_variables_take_all_and_follow_the_time_range(document: Document) -> Non
             continue
         assert (variable["multi"], variable["includeAll"], variable["allValue"], variable["refresh"]) == (
             True, True, ".*", 2), name
-        asked = re.fullmatch(r"label_values\((\w+)(?:\{.*\})?, (\w+)\)", variable["query"]["query"])
+        asked = re.fullmatch(r"label_values\((.+), (\w+)\)", variable["query"]["query"])
         assert asked, name
-        family = family_of(asked[1])
-        assert family, name
-        assert asked[2] in {*family.labels, *OF_PROMETHEUS}, name
+        for metric in metrics_of(asked[1]):
+            family = family_of(metric)
+            assert family, name
+            assert asked[2] in {*family.labels, *OF_PROMETHEUS}, name
+
+
+def test_what_has_only_money_or_only_tokens_can_be_chosen() -> None:
+    """Claude Code's log tells no tokens, and a model in no price list has no money: the lists of Spend have both."""
+    for name in ("source", "model"):
+        series = variables(DASHBOARDS["spend"])[name]["query"]["query"].removeprefix("label_values(").rpartition(",")[0]
+        assert metrics_of(series) == {families.COST.name, families.TOKENS.name}
+
+
+def test_bars_begin_where_their_time_begins_and_cells_of_a_heat_map_end_there() -> None:
+    """Grafana draws them so; a query for the other side would show everything one interval too early or too late."""
+    seen = set()
+    for document in DASHBOARDS.values():
+        for each in panels(document):
+            custom = each["fieldConfig"]["defaults"].get("custom", {})
+            if each["type"] == "heatmap" or custom.get("drawStyle") == "bars":
+                ahead = each["type"] != "heatmap"
+                seen.add(ahead)
+                assert not ahead or custom["barAlignment"] == 1
+                for query in each["targets"]:
+                    assert ("[$__interval] offset -$__interval" in query["expr"]) is ahead, each["title"]
+                    assert "[$__interval]" in query["expr"], each["title"]
+    assert seen == {True, False}
+
+
+@pytest.mark.parametrize("name", ["fleet", "spend"])
+def test_the_burn_rate_is_that_of_15_minutes_in_any_time_range(name: str) -> None:
+    """$__rate_interval is as long as a point of the panel, which is hours where the range is a month."""
+    (query,) = titled(name, "Burn rate per hour")["targets"]
+    assert set(re.findall(r"\[([^]]*)\]", query["expr"])) == {"15m"}
+
+
+def test_no_number_of_now_is_0_where_no_exporter_says_so() -> None:
+    """An exporter that was there an hour ago knows nothing of who works, waits or is stale now."""
+    for title in ("Working", "Waiting for input", "Longest wait", "Stale", "Burn rate per hour"):
+        (query,) = titled("fleet", title)["targets"]
+        assert re.search(r"\nor\n0 \* max\(coding_agent_exporter_build_info\{[^}]*\}\)$", query["expr"]), title
+
+
+def test_a_context_of_more_than_100_percent_is_not_cut_off() -> None:
+    """Percentages go above 100; the axis reaches to 100 and, where something is higher, above."""
+    for title in ("Context", "Peaks of context"):
+        assert "max" not in titled("fleet", title)["fieldConfig"]["defaults"]
 
 
 @on_every_dashboard
