@@ -51,7 +51,7 @@ EMPTY = {
     "alerts.yaml: CodingAgentStuck": "nobody works for half an hour",
     "alerts.yaml: CodingAgentWaitingForInput": "nobody waits for a quarter of an hour",
     "exporter: Files read again": "no log is truncated or replaced",
-    "recording.yaml: root:coding_agent_cost_usd:spent1h_p95_7d": "there is no day before this",
+    "recording.yaml: root:coding_agent_cost_usd:spent1h_p90_7d": "there is no day before this",
 }
 """Queries that return nothing over the recordings, and why that is as it should be."""
 SPENT = {("pi-coding", "api_key"): 0.0597913 + 0.0424509, ("omp", "api_key"): 0.58487835,
