@@ -21,6 +21,7 @@ from grafana.drawing import MUTED, PALETTE, TEXT, Line, Page, Points, colours
 from grafana.history import START, Server, cores, fleet_of, make_blocks, record_all, serve
 from grafana.panels import BLUE, COLOURS, CONTEXT, GREEN, GREY, ORANGE, PURPLE, RED, STATES
 from grafana.queries import of_dashboard
+from grafana.spend import LIMIT
 from grafana.units import count, dollars, duration, money, percent, plain, share
 
 if TYPE_CHECKING:
@@ -106,10 +107,9 @@ def fleet(source: Source) -> Page:
     page.timeline(0, 10, 24, 10.4, "What agents did", [(series.name, series.points) for series in rows[:24]],
                   span=source.span, step=INTERVAL, names=310,
                   states={place: (name, COLOURS[state]) for place, (state, name) in enumerate(STATES, 1)})
-    limits = {float(at): colour for at, colour in CONTEXT if at is not None}
     peaks = source.over_time("Peaks of context", step=INTERVAL)
     page.lines(0, 20.4, 16, 8.5, "Peaks of context", _lines(peaks, most=40, named=False), unit=percent,
-               span=source.span, limits=limits, top=104, gap=3 * INTERVAL, legend=0)
+               span=source.span, limits=_limits(CONTEXT), top=104, gap=3 * INTERVAL, legend=0)
     crossed = source.over_time("Limits crossed", step=1800)
     page.columns(16, 20.4, 8, 8.5, "Limits crossed, by half hour", _lines(crossed, fixed=COLOURS), unit=count,
                  span=_whole(source.span, 1800), step=1800)
@@ -171,7 +171,7 @@ def spend(source: Source) -> Page:
                  [(series.name, series.last, PALETTE[0]) for series in models[:6]], unit=money)
     windows = source.over_time("Rate-limit windows over time", step=600)
     page.lines(16, 19.9, 8, 7.7, "Rate-limit windows over time", _lines(windows), unit=percent, span=source.span,
-               limits={80: ORANGE, 95: RED}, top=104, gap=1800, columns=1, legend=2)
+               limits=_limits(LIMIT), top=104, gap=1800, columns=1, legend=2)
     return page
 
 
@@ -242,6 +242,11 @@ def _numbers(
         value = source.number(title)
         text, colour = ("-", MUTED) if value is None else (unit(value), _colour(value, thresholds))
         page.number(place * width, 0, width, 3, title, text, colour)
+
+
+def _limits(thresholds: Sequence[tuple[float | None, str]]) -> dict[float, str]:
+    """The lines that a panel draws at its thresholds."""
+    return {float(at): colour for at, colour in thresholds if at is not None}
 
 
 def _cell(
