@@ -233,6 +233,9 @@ DAEMONSET, DEPLOYMENT = CASES["daemonset"], CASES["deployment"]
     ({"mode": "daemonset", "inputs": INPUTS}, "mode daemonset needs an input with a hostPath"),
     ({"mode": "deployment", "inputs": DAEMONSET["inputs"]}, "pi has a hostPath, which is for mode daemonset"),
     ({"mode": "deployment", "inputs": INPUTS * 2}, 'inputs: the name "pi" is given twice'),
+    ({"mode": "deployment", "inputs": INPUTS}, "pi is on the volume agent, which is not one of extraVolumes"),
+    ({**DAEMONSET, "updateStrategy": {"rollingUpdate": {"maxSurge": 1}}}, "maxSurge (1) must be 0"),
+    ({"prometheusRule": {"alertLabels": {"severity": "page"}}}, "alertLabels cannot have severity"),
 ])
 def test_what_cannot_work_is_refused_with_a_sentence(values: Values, sentence: str) -> None:
     """Nothing is rendered, and the message says which values clash, and why."""
@@ -258,6 +261,20 @@ def test_what_cannot_work_is_refused_with_a_sentence(values: Values, sentence: s
 def test_the_schema_rejects(values: Values) -> None:
     """Names that are none, and values of another kind."""
     assert "\n- at '/" in refusal(values) or "additional properties 'modus' not allowed" in refusal(values)
+
+
+@pytest.mark.parametrize("name", ["otlp", "scrape", "web", "state", "prometheusRule", "settings", "mode"])
+def test_a_name_with_nothing_below_is_refused(name: str) -> None:
+    """Where a values file has a map's name and all below it commented out, Helm deletes the defaults."""
+    assert f"missing property '{name}'" in refusal({**DAEMONSET, name: None})
+
+
+@pytest.mark.parametrize("name", ["securityContext", "podSecurityContext", "startupProbe", "resources", "updateStrategy",
+                                  "commonLabels", "podLabels", "extraVolumes", "nodeSelector"])
+def test_null_takes_a_default_away(name: str) -> None:
+    """So that a cluster that sets them itself (security contexts of OpenShift) can."""
+    for one in objects({**DAEMONSET, name: None}):
+        validate(one, "1.31")
 
 
 def test_the_schema_takes_what_a_parent_gives() -> None:
@@ -289,7 +306,7 @@ def _defaults() -> dict[str, Any]:
 
 def test_notes_say_how_to_look() -> None:
     """The notes name the pods of the mode, the port, and what is missing."""
-    assert "-l coding-agent-exporter=agents -o name" in notes({})
+    assert "-l coding-agent-exporter=agents-coding-agent-exporter -o name" in notes({})
     assert "Neither podMonitor.enabled nor serviceMonitor.enabled" in notes({})
     assert "never completes" in notes({}, kube="1.28")
     assert "never completes" not in notes({}, kube="1.29")

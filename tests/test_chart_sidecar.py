@@ -114,13 +114,13 @@ def test_it_lingers_for_two_scrapes_within_the_grace_of_the_pod(tmp_path: Path) 
     assert 2 * int(endpoint["interval"].removesuffix("s")) < seconds < pod_spec(found)["terminationGracePeriodSeconds"]
 
 
-def test_prometheus_finds_the_pod_by_its_release(tmp_path: Path) -> None:
+def test_prometheus_finds_the_pod(tmp_path: Path) -> None:
     """PodMonitor selects a label that the pod has, and that no pod of another release has."""
     found = included(tmp_path, {"inputs": INPUTS, "podMonitor": {"enabled": True}})
     labels = only(found, "Deployment")["spec"]["template"]["metadata"]["labels"]
     spec = only(found, "PodMonitor")["spec"]
-    assert spec["selector"]["matchLabels"] == {NAME: "agents"}
-    assert labels[NAME] == "agents"
+    assert spec["selector"]["matchLabels"] == {NAME: "agents-coding-agent-exporter"}
+    assert labels[NAME] == "agents-coding-agent-exporter"
     assert spec["podMetricsEndpoints"][0]["port"] == exporter(pod_spec(found))["ports"][0]["name"]
 
 
@@ -169,6 +169,12 @@ def test_a_dependency_by_another_name(tmp_path: Path) -> None:
 def test_what_cannot_work_is_refused_with_a_sentence(values: Values, sentence: str, tmp_path: Path) -> None:
     """Also what is wrong only once a pod includes the container."""
     assert sentence in refusal({}, chart=parent(tmp_path, values, POD.replace("CONTEXT", ".")))
+
+
+def test_the_context_of_another_chart_is_refused_with_a_sentence(tmp_path: Path) -> None:
+    """With an alias, or from a chart further up, the templates cannot find their values, and say what to give them."""
+    chart = parent(tmp_path, {"inputs": INPUTS}, POD.replace("CONTEXT", "."), alias="telemetry")
+    assert 'give (index .Subcharts "<its alias>")' in refusal({}, chart=chart)
 
 
 @pytest.mark.parametrize("kube", NATIVE)

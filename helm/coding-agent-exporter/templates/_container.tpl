@@ -23,7 +23,7 @@ ports:
     protocol: TCP
 {{- range $name, $path := dict "startupProbe" "/-/healthy" "livenessProbe" "/-/healthy" "readinessProbe" "/-/ready" }}
 {{- $probe := get $v $name }}
-{{- if and $probe.enabled (not (and $sidecar (eq $name "readinessProbe"))) }}
+{{- if and $probe (get ($probe | default dict) "enabled") (not (and $sidecar (eq $name "readinessProbe"))) }}
 {{ $name }}:
   {{- if or $v.web.basicAuth.enabled $v.web.tls.verifyClients (and $v.web.existingSecret $v.web.tls.enabled) }}
   # The kubelet has neither password nor certificate, and the exporter asks for them on every path.
@@ -43,9 +43,9 @@ ports:
 {{- end }}
 {{- end }}
 resources:
-  {{- toYaml $v.resources | nindent 2 }}
+  {{- toYaml ($v.resources | default dict) | nindent 2 }}
 securityContext:
-  {{- toYaml $v.securityContext | nindent 2 }}
+  {{- toYaml ($v.securityContext | default dict) | nindent 2 }}
 volumeMounts:
   - name: coding-agent-exporter-state
     mountPath: /var/lib/coding-agent-exporter
@@ -135,7 +135,7 @@ volumeMounts:
       fieldPath: metadata.labels['batch.kubernetes.io/job-name']
 {{- else }}
 - name: {{ eq .Values.mode "daemonset" | ternary "K8S_DAEMONSET_NAME" "K8S_DEPLOYMENT_NAME" }}
-  value: {{ include "coding-agent-exporter.fullname" . }}
+  value: {{ include "coding-agent-exporter.fullname" . | quote }}
 {{- end }}
 {{- with .Values.otlp.clusterName }}
 - name: K8S_CLUSTER_NAME
@@ -149,7 +149,7 @@ volumeMounts:
 - name: CODING_AGENT_EXPORTER_OTLP_HEADERS
   valueFrom:
     secretKeyRef:
-      name: {{ . }}
+      name: {{ . | quote }}
       key: headers
 {{- end }}
 {{- with .Values.extraEnv }}

@@ -13,8 +13,8 @@ tlsConfig:
 basicAuth:
   {{- range $part := list "username" "password" }}
   {{ $part }}:
-    name: {{ $.Values.scrape.basicAuth.secretName }}
-    key: {{ get $.Values.scrape.basicAuth (printf "%sKey" $part) }}
+    name: {{ $.Values.scrape.basicAuth.secretName | quote }}
+    key: {{ get $.Values.scrape.basicAuth (printf "%sKey" $part) | quote }}
   {{- end }}
 {{- end }}
 {{- if or (eq .Values.mode "daemonset") .Values.scrape.relabelings }}

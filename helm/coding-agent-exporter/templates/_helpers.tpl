@@ -1,39 +1,49 @@
 {{/* Names and labels. */}}
 
-{{- define "coding-agent-exporter.name" -}}
-{{- default .Chart.Name .Values.nameOverride | trunc 63 | trimSuffix "-" }}
+{{/* What a label can hold, and may end with. */}}
+{{- define "coding-agent-exporter.cut" -}}
+{{- regexReplaceAll "[-.]+$" (trunc 63 .) "" }}
 {{- end }}
 
-{{- define "coding-agent-exporter.fullname" -}}
-{{- $name := default .Chart.Name .Values.nameOverride }}
-{{- if .Values.fullnameOverride }}
-{{- .Values.fullnameOverride | trunc 50 | trimSuffix "-" }}
-{{- else if contains $name .Release.Name }}
-{{- .Release.Name | trunc 50 | trimSuffix "-" }}
-{{- else }}
-{{- printf "%s-%s" .Release.Name $name | trunc 50 | trimSuffix "-" }}
+{{- define "coding-agent-exporter.name" -}}
+{{- default .Chart.Name .Values.nameOverride | include "coding-agent-exporter.cut" }}
 {{- end }}
+
+{{/* Releases may have dots in their names, Services not. 63 are room for every release, so that no two become one. */}}
+{{- define "coding-agent-exporter.fullname" -}}
+{{- $name := default .Chart.Name .Values.nameOverride -}}
+{{- $full := contains $name .Release.Name | ternary .Release.Name (printf "%s-%s" .Release.Name $name) -}}
+{{- default $full .Values.fullnameOverride | replace "." "-" | include "coding-agent-exporter.cut" }}
 {{- end }}
 
 {{- define "coding-agent-exporter.selectorLabels" -}}
-app.kubernetes.io/name: {{ include "coding-agent-exporter.name" . }}
-app.kubernetes.io/instance: {{ .Release.Name }}
+app.kubernetes.io/name: {{ include "coding-agent-exporter.name" . | quote }}
+app.kubernetes.io/instance: {{ .Release.Name | quote }}
 {{- end }}
 
-{{- define "coding-agent-exporter.labels" -}}
-helm.sh/chart: {{ printf "%s-%s" .Chart.Name .Chart.Version | replace "+" "_" | trunc 63 | trimSuffix "-" }}
+{{- define "coding-agent-exporter.ownLabels" -}}
+helm.sh/chart: {{ printf "%s-%s" .Chart.Name .Chart.Version | replace "+" "_" | include "coding-agent-exporter.cut" | quote }}
 {{ include "coding-agent-exporter.selectorLabels" . }}
 app.kubernetes.io/version: {{ .Chart.AppVersion | quote }}
-app.kubernetes.io/managed-by: {{ .Release.Service }}
-{{- with .Values.commonLabels }}
-{{ toYaml . }}
-{{- end }}
+app.kubernetes.io/managed-by: {{ .Release.Service | quote }}
 {{- end }}
 
-{{/* What PodMonitor and NetworkPolicy go by: in pods of other charts, this one's labels would be a lie. */}}
+{{/*
+Takes the chart's context, or {root: that, more: labels of one object}. One map, as the same label may be asked for in
+more than one place, and a key that stands twice is an error to some who read YAML.
+*/}}
+{{- define "coding-agent-exporter.labels" -}}
+{{- $root := .root | default . -}}
+{{- merge (include "coding-agent-exporter.ownLabels" $root | fromYaml) (.more | default dict) ($root.Values.commonLabels | default dict) | toYaml }}
+{{- end }}
+
+{{/*
+What PodMonitor and NetworkPolicy go by: in pods of other charts, this one's labels would be a lie. Not the release,
+which may have this chart twice: each PodMonitor would scrape the pods of both.
+*/}}
 {{- define "coding-agent-exporter.podSelector" -}}
 {{- if eq .Values.mode "sidecar" -}}
-coding-agent-exporter: {{ .Release.Name }}
+coding-agent-exporter: {{ include "coding-agent-exporter.fullname" . | quote }}
 {{- else -}}
 {{ include "coding-agent-exporter.selectorLabels" . }}
 {{- end }}

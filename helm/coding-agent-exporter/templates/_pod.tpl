@@ -4,14 +4,14 @@
 - name: coding-agent-exporter-state
   {{- if eq $state "emptyDir" }}
   emptyDir:
-    {{- toYaml .Values.state.emptyDir | nindent 4 }}
+    {{- toYaml (.Values.state.emptyDir | default dict) | nindent 4 }}
   {{- else if eq $state "hostPath" }}
   hostPath:
-    path: {{ .Values.state.hostPath.path }}
+    path: {{ .Values.state.hostPath.path | quote }}
     type: DirectoryOrCreate
   {{- else }}
   persistentVolumeClaim:
-    claimName: {{ .Values.state.persistentVolumeClaim.existingClaim | default (printf "%s-state" (include "coding-agent-exporter.fullname" .)) }}
+    claimName: {{ .Values.state.persistentVolumeClaim.existingClaim | default (printf "%s-state" (include "coding-agent-exporter.fullname" .)) | quote }}
   {{- end }}
 {{- range .Values.inputs }}
 {{- if .hostPath }}
@@ -22,7 +22,7 @@
 {{- else if .existingClaim }}
 - name: agents-{{ .name }}
   persistentVolumeClaim:
-    claimName: {{ .existingClaim }}
+    claimName: {{ .existingClaim | quote }}
     # Not only in the mount: the kubelet would give the agents' files to fsGroup.
     readOnly: true
 {{- end }}
@@ -30,12 +30,12 @@
 {{- with include "coding-agent-exporter.webSecret" . }}
 - name: coding-agent-exporter-web
   secret:
-    secretName: {{ . }}
+    secretName: {{ . | quote }}
 {{- end }}
 {{- if and .Values.web.tls.enabled .Values.web.tls.secretName }}
 - name: coding-agent-exporter-tls
   secret:
-    secretName: {{ .Values.web.tls.secretName }}
+    secretName: {{ .Values.web.tls.secretName | quote }}
 {{- end }}
 {{- with .Values.extraVolumes }}
 {{ toYaml . }}
@@ -69,18 +69,19 @@ spec:
   imagePullSecrets:
     {{- toYaml . | nindent 4 }}
   {{- end }}
-  serviceAccountName: {{ include "coding-agent-exporter.serviceAccountName" . }}
+  serviceAccountName: {{ include "coding-agent-exporter.serviceAccountName" . | quote }}
   automountServiceAccountToken: false
   enableServiceLinks: false
   {{- with .Values.priorityClassName }}
-  priorityClassName: {{ . }}
+  priorityClassName: {{ . | quote }}
   {{- end }}
   {{- with .Values.podSecurityContext }}
   securityContext:
     {{- toYaml . | nindent 4 }}
   {{- end }}
-  terminationGracePeriodSeconds: {{ .Values.terminationGracePeriodSeconds }}
-  {{- $uid := int (.Values.securityContext.runAsUser | default 0) }}
+  terminationGracePeriodSeconds: {{ int64 .Values.terminationGracePeriodSeconds }}
+  {{- $context := .Values.securityContext | default dict }}
+  {{- $uid := int ($context.runAsUser | default 0) }}
   {{- if and (eq (include "coding-agent-exporter.stateType" .) "hostPath") .Values.state.hostPath.chown $uid }}
   initContainers:
     # The kubelet makes the directory for root, and fsGroup does not reach a hostPath.
@@ -97,7 +98,7 @@ spec:
               os.chown(path, uid, gid, follow_symlinks=False)
         - /var/lib/coding-agent-exporter
         - {{ $uid | quote }}
-        - {{ int (.Values.securityContext.runAsGroup | default $uid) | quote }}
+        - {{ int ($context.runAsGroup | default $uid) | quote }}
       resources:
         {{- toYaml .Values.resources | nindent 8 }}
       securityContext:

@@ -4,6 +4,7 @@ severity, and its thresholds are replaced: the number before the comment `# <nam
 */}}
 {{- define "coding-agent-exporter.groups" -}}
 {{- $values := .Values.prometheusRule -}}
+{{- $changes := $values.alerts | default dict -}}
 {{- $known := list -}}
 {{- $groups := list -}}
 {{- range $path, $_ := .Files.Glob "files/rules/*.yaml" -}}
@@ -13,7 +14,7 @@ severity, and its thresholds are replaced: the number before the comment `# <nam
 {{- range $rule := $group.rules -}}
 {{- if $rule.alert -}}
 {{- $known = append $known $rule.alert -}}
-{{- $change := get $values.alerts $rule.alert | default dict -}}
+{{- $change := get $changes $rule.alert | default dict -}}
 {{- if hasKey $change "enabled" | ternary $change.enabled true -}}
 {{- $expr := $rule.expr -}}
 {{- range $name, $number := $change.thresholds -}}
@@ -31,7 +32,7 @@ severity, and its thresholds are replaced: the number before the comment `# <nam
 {{- if hasKey $change "for" -}}
 {{- $_ := set $rule "for" $change.for -}}
 {{- end -}}
-{{- $labels := merge (dict) $rule.labels $values.alertLabels -}}
+{{- $labels := merge (dict) $rule.labels ($values.alertLabels | default dict) -}}
 {{- with $change.severity -}}
 {{- $_ := set $labels "severity" . -}}
 {{- end -}}
@@ -39,7 +40,7 @@ severity, and its thresholds are replaced: the number before the comment `# <nam
 {{- $rules = append $rules $rule -}}
 {{- end -}}
 {{- else if eq $rule.record "period:coding_agent_budget_usd:limit" -}}
-{{- $budget := get $values.budgets $rule.labels.period -}}
+{{- $budget := get ($values.budgets | default dict) $rule.labels.period -}}
 {{- if not (kindIs "invalid" $budget) -}}
 {{- if not (kindIs "string" $budget) -}}
 {{- $_ := set $rule "expr" (printf "vector(%v)" $budget) -}}
@@ -56,7 +57,7 @@ severity, and its thresholds are replaced: the number before the comment `# <nam
 {{- end -}}
 {{- end -}}
 {{- end -}}
-{{- range $name, $_ := $values.alerts -}}
+{{- range $name, $_ := $changes -}}
 {{- if not (has $name $known) -}}
 {{- fail (printf "prometheusRule.alerts: there is no alert %q; there are %s." $name (join ", " $known)) -}}
 {{- end -}}

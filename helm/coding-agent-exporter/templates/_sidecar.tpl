@@ -11,9 +11,16 @@ where the dependency has an alias: (index .Subcharts "alias").
     volumes: {{- include "coding-agent-exporter.sidecar.volumes" . | nindent 8 }}
 */}}
 
+{{- define "coding-agent-exporter.sidecar.known" -}}
+{{- if not (and .Values.mode .Values.scrape .Values.state) -}}
+{{- fail "coding-agent-exporter.sidecar.* were given the context of a chart that does not itself depend on coding-agent-exporter by this name: give (index .Subcharts \"<its alias>\")." -}}
+{{- end -}}
+{{- end }}
+
 {{/* What PodMonitor selects. */}}
 {{- define "coding-agent-exporter.sidecar.labels" -}}
 {{- $own := index (.Subcharts | default dict) "coding-agent-exporter" | default . -}}
+{{- include "coding-agent-exporter.sidecar.known" $own -}}
 {{- include "coding-agent-exporter.podSelector" $own }}
 {{- with $own.Values.podLabels }}
 {{ toYaml . }}
@@ -22,6 +29,7 @@ where the dependency has an alias: (index .Subcharts "alias").
 
 {{- define "coding-agent-exporter.sidecar.annotations" -}}
 {{- $own := index (.Subcharts | default dict) "coding-agent-exporter" | default . -}}
+{{- include "coding-agent-exporter.sidecar.known" $own -}}
 {{- include "coding-agent-exporter.podAnnotations" $own | trim }}
 {{- end }}
 
@@ -47,6 +55,7 @@ where the dependency has an alias: (index .Subcharts "alias").
 {{/* The container as an item of a list, whichever list it is for. */}}
 {{- define "coding-agent-exporter.sidecar.container" -}}
 {{- $own := index (.Subcharts | default dict) "coding-agent-exporter" | default . -}}
+{{- include "coding-agent-exporter.sidecar.known" $own -}}
 {{- if ne $own.Values.mode "sidecar" }}
 {{- fail (printf "coding-agent-exporter.sidecar.* are for mode sidecar, and mode is %s." $own.Values.mode) }}
 {{- end }}
@@ -57,11 +66,14 @@ where the dependency has an alias: (index .Subcharts "alias").
 {{- end }}
 
 {{- define "coding-agent-exporter.sidecar.volumes" -}}
-{{- include "coding-agent-exporter.volumes" (index (.Subcharts | default dict) "coding-agent-exporter" | default .) }}
+{{- $own := index (.Subcharts | default dict) "coding-agent-exporter" | default . -}}
+{{- include "coding-agent-exporter.sidecar.known" $own -}}
+{{- include "coding-agent-exporter.volumes" $own }}
 {{- end }}
 
 {{/* What the pod needs so that the exporter can linger. */}}
 {{- define "coding-agent-exporter.sidecar.terminationGracePeriodSeconds" -}}
 {{- $own := index (.Subcharts | default dict) "coding-agent-exporter" | default . -}}
-{{- $own.Values.terminationGracePeriodSeconds }}
+{{- include "coding-agent-exporter.sidecar.known" $own -}}
+{{- int64 $own.Values.terminationGracePeriodSeconds }}
 {{- end }}

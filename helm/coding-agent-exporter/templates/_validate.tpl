@@ -37,6 +37,29 @@
 {{- if gt (int $v.replicas) 1 -}}
 {{- fail "replicas must be 1 (or 0): two exporters cannot share a state, and would count everything twice." -}}
 {{- end -}}
+{{- $surge := dig "rollingUpdate" "maxSurge" 0 ($v.updateStrategy | default dict) | toString -}}
+{{- if and (eq $v.mode "daemonset") (not (has $surge (list "0" "0%"))) -}}
+{{- fail (printf "updateStrategy.rollingUpdate.maxSurge (%s) must be 0: the new exporter could not have the state while the old one does." $surge) -}}
+{{- end -}}
+{{- if and (include "coding-agent-exporter.hasService" .) (not (regexMatch "^[a-z]" (include "coding-agent-exporter.fullname" .))) -}}
+{{- fail (printf "a Service cannot be named %s, as that does not begin with a letter: set fullnameOverride." (include "coding-agent-exporter.fullname" .)) -}}
+{{- end -}}
+{{- $taken := include "coding-agent-exporter.ownLabels" . | fromYaml -}}
+{{- range $where, $labels := dict "commonLabels" $v.commonLabels "scrape.labels" $v.scrape.labels "prometheusRule.labels" $v.prometheusRule.labels "dashboards.labels" $v.dashboards.labels -}}
+{{- range $key, $_ := $labels -}}
+{{- if hasKey $taken $key -}}
+{{- fail (printf "%s cannot have %s, which the chart sets itself." $where $key) -}}
+{{- end -}}
+{{- end -}}
+{{- end -}}
+{{- range $key, $_ := include "coding-agent-exporter.podSelector" . | fromYaml -}}
+{{- if hasKey ($v.podLabels | default dict) $key -}}
+{{- fail (printf "podLabels cannot have %s, by which the pods are selected." $key) -}}
+{{- end -}}
+{{- end -}}
+{{- if hasKey ($v.prometheusRule.alertLabels | default dict) "severity" -}}
+{{- fail "prometheusRule.alertLabels cannot have severity, which each alert has its own: see prometheusRule.alerts." -}}
+{{- end -}}
 {{- if and $v.podDisruptionBudget.enabled (ne $v.mode "deployment") -}}
 {{- fail (printf "podDisruptionBudget.enabled is for mode deployment: in mode %s draining a node ends its agents too." $v.mode) -}}
 {{- end -}}
@@ -46,7 +69,7 @@
 {{- if and (eq (include "coding-agent-exporter.stateType" .) "hostPath") (ne $v.mode "daemonset") -}}
 {{- fail (printf "state.type hostPath is for mode daemonset: in mode %s the next pod may run on another node, or beside this one." $v.mode) -}}
 {{- end -}}
-{{- if and $v.securityContext.runAsNonRoot (hasKey $v.securityContext "runAsUser") (eq (int $v.securityContext.runAsUser) 0) -}}
+{{- if and (dig "runAsNonRoot" false ($v.securityContext | default dict)) (eq (dig "runAsUser" 1 $v.securityContext | int) 0) -}}
 {{- fail "securityContext.runAsUser is 0 and securityContext.runAsNonRoot is true: Kubernetes would not start the container." -}}
 {{- end -}}
 {{- if and $v.web.tls.enabled (not $v.web.existingSecret) (not $v.web.tls.secretName) -}}
@@ -104,5 +127,16 @@
 {{- end -}}
 {{- if and (eq $mode "daemonset") (not $hostPaths) -}}
 {{- fail "mode daemonset needs an input with a hostPath: what does not differ by node is for mode deployment." -}}
+{{- end -}}
+{{- if ne $mode "sidecar" -}}
+{{- $volumes := list -}}
+{{- range .Values.extraVolumes -}}
+{{- $volumes = append $volumes .name -}}
+{{- end -}}
+{{- range .Values.inputs -}}
+{{- if and .volume (not (has .volume $volumes)) -}}
+{{- fail (printf "inputs: %s is on the volume %s, which is not one of extraVolumes." .name .volume) -}}
+{{- end -}}
+{{- end -}}
 {{- end -}}
 {{- end }}
