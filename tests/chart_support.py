@@ -65,11 +65,20 @@ def render(values: Values, *, chart: Path = CHART, kube: str = "1.31", name: str
     return rendered
 
 
+class _Loader(yaml.SafeLoader):
+    """YAML as Kubernetes's strict readers take it: PyYAML lets the last of two equal keys win."""
+
+    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
+        keys = [key.value for key, _ in node.value]
+        assert len(keys) == len(set(keys)), f"a key stands twice: {keys}"
+        return super().construct_mapping(node, deep)
+
+
 def objects(values: Values, *, chart: Path = CHART, kube: str = "1.31", name: str = "agents") -> list[Object]:
     """The objects, in the order of their templates."""
     rendered = render(values, chart=chart, kube=kube, name=name)
     texts = [text for path, text in sorted(rendered.items()) if not path.endswith("NOTES.txt")]
-    return [each for text in texts for each in yaml.safe_load_all(text) if each]
+    return [each for text in texts for each in yaml.load_all(text, _Loader) if each]
 
 
 def only(found: list[Object], kind: str) -> Object:

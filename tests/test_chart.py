@@ -269,8 +269,8 @@ def test_a_name_with_nothing_below_is_refused(name: str) -> None:
     assert f"missing property '{name}'" in refusal({**DAEMONSET, name: None})
 
 
-@pytest.mark.parametrize("name", ["securityContext", "podSecurityContext", "startupProbe", "resources", "updateStrategy",
-                                  "commonLabels", "podLabels", "extraVolumes", "nodeSelector"])
+@pytest.mark.parametrize("name", ["securityContext", "podSecurityContext", "startupProbe", "resources",
+                                  "updateStrategy", "commonLabels", "podLabels", "extraVolumes", "nodeSelector"])
 def test_null_takes_a_default_away(name: str) -> None:
     """So that a cluster that sets them itself (security contexts of OpenShift) can."""
     for one in objects({**DAEMONSET, name: None}):

@@ -12,8 +12,8 @@ from chart_support import CASES, INPUTS, NAME, Values, objects, only, parent, re
 
 DEPLOYMENT: Values = {
     **CASES["deployment"],
-    **{name: {"enabled": True} for name in ("service", "podMonitor", "networkPolicy", "dashboards", "podDisruptionBudget",
-                                            "prometheusRule")},
+    **{name: {"enabled": True} for name in (
+        "service", "podMonitor", "networkPolicy", "dashboards", "podDisruptionBudget", "prometheusRule")},
     "web": {"tls": {"enabled": True, "secretName": "2024"}}, "scrape": {"tlsConfig": {"insecureSkipVerify": True}},
     "otlp": {"endpoint": "http://otel:4318", "headers": {"a": "b"}}, "priorityClassName": "7",
 }
@@ -24,7 +24,8 @@ LONGEST = 53
 
 @pytest.mark.parametrize(("release", "values"), [
     ("agents", {}), ("agents.v1", {}), ("a" * LONGEST, {}), ("a" * 48 + ".b.cd", {}),
-    ("123", {"fullnameOverride": "x" * 63}), ("true", {"fullnameOverride": "a" + "." * 61 + "b"}), ("agents", {"nameOverride": "n" * 62 + ".n"}),
+    ("123", {"fullnameOverride": "x" * 63}), ("true", {"fullnameOverride": "a" + "." * 61 + "b"}),
+    ("agents", {"nameOverride": "n" * 62 + ".n"}),
     ("0" * LONGEST, {"fullnameOverride": "a-exporter"}),
 ])
 def test_kubernetes_takes_the_names_of_every_release(release: str, values: Values) -> None:
