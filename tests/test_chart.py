@@ -235,6 +235,10 @@ DAEMONSET, DEPLOYMENT = CASES["daemonset"], CASES["deployment"]
     ({"mode": "deployment", "inputs": INPUTS * 2}, 'inputs: the name "pi" is given twice'),
     ({"mode": "deployment", "inputs": INPUTS}, "pi is on the volume agent, which is not one of extraVolumes"),
     ({**DAEMONSET, "updateStrategy": {"rollingUpdate": {"maxSurge": 1}}}, "maxSurge (1) must be 0"),
+    ({"web": {"telemetryPath": "/-/healthy"}}, "must not be below /-/"),
+    ({"extraArgs": ["--shutdown.linger=5m"]}, "extraArgs: --shutdown.linger has a value of its own"),
+    ({"settings": {"usage": {"agent-label": True}}, "extraArgs": ["--no-usage.agent-label"]},
+     "extraArgs: --usage.agent-label has a value of its own"),
     ({"prometheusRule": {"alertLabels": {"severity": "page"}}}, "alertLabels cannot have severity"),
 ])
 def test_what_cannot_work_is_refused_with_a_sentence(values: Values, sentence: str) -> None:

@@ -25,6 +25,17 @@
 {{- if gt (include "coding-agent-exporter.seconds" $v.scrape.timeout | float64) $interval -}}
 {{- fail (printf "scrape.timeout (%s) must not be longer than scrape.interval (%s)." $v.scrape.timeout $v.scrape.interval) -}}
 {{- end -}}
+{{- if hasPrefix "/-/" $v.web.telemetryPath -}}
+{{- fail (printf "web.telemetryPath (%s) must not be below /-/, where health and readiness are." $v.web.telemetryPath) -}}
+{{- end -}}
+{{- $flags := dict -}}
+{{- range include "coding-agent-exporter.args" . | fromYamlArray -}}
+{{- $flag := regexFind "^--[^=]+" . | replace "--no-" "--" -}}
+{{- if and (hasKey $flags $flag) (not (has $flag (list "--telemetry.dir" "--usage.root" "--sessions.dir"))) -}}
+{{- fail (printf "extraArgs: %s has a value of its own, and the exporter would end with \"given twice\"." $flag) -}}
+{{- end -}}
+{{- $_ := set $flags $flag true -}}
+{{- end -}}
 {{- if and $v.podMonitor.enabled $v.serviceMonitor.enabled -}}
 {{- fail "podMonitor.enabled and serviceMonitor.enabled exclude each other: every pod would be scraped twice, and all spend counted twice." -}}
 {{- end -}}
