@@ -187,12 +187,15 @@ def _enter(namespace: int) -> None:
 
 
 def exporter(at: Path, volume: Path, *flags: str, **members: Any) -> Container:
-    """The exporter as a sidecar that reads `volume`, mounted read-only at /agent, with its state in /state."""
+    """The exporter as a sidecar that reads `volume`, mounted read-only at /agent, with its state in /state.
+
+    It has no /tmp to write to, as in the chart.
+    """
     state = at.with_name("state")
     state.mkdir(exist_ok=True)
     os.chown(state, EXPORTER_UID, EXPORTER_UID)
     package = Path(coding_agent_exporter.__file__ or "").parent.parent
-    given: dict[str, Any] = {"groups": [SHARED_GID], "tmpfs": ["/tmp"], **members}
+    given: dict[str, Any] = {"groups": [SHARED_GID], **members}
     return Container(
         at,
         [sys.executable, "-m", "coding_agent_exporter", "--web.listen-address=127.0.0.1:0",
