@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import copy
+import os
 import re
 import subprocess
 import sys
 import tarfile
 import tomllib
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import pytest
 import yaml
@@ -33,6 +34,9 @@ from chart_support import (
     render,
     validate,
 )
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
 
 WORKLOADS = {"daemonset": "DaemonSet", "deployment": "Deployment"}
 
@@ -110,7 +114,8 @@ def test_the_daemonset_gives_its_state_to_the_exporter_and_does_nothing_else_as_
         assert "initContainers" not in pod_spec(objects(CASES[other]))
 
 
-def test_the_state_is_given_away_by_what_the_init_container_runs(tmp_path: Path) -> None:
+def test_the_state_is_given_away_by_what_the_init_container_runs(
+        tool: Callable[[str], str], tmp_path: Path) -> None:
     """Its script changes the owner of the directory and of what lies in it, here to the owner it has."""
     (tmp_path / "state.db").touch()
     (init,) = pod_spec(objects(CASES["daemonset"]))["initContainers"]
@@ -118,6 +123,13 @@ def test_the_state_is_given_away_by_what_the_init_container_runs(tmp_path: Path)
     assert (flag, directory, uid, gid) == ("-c", "/var/lib/coding-agent-exporter", "65532", "65532")
     own = tmp_path.stat()
     subprocess.run([sys.executable, "-c", script, str(tmp_path), str(own.st_uid), str(own.st_gid)], check=True)
+    tmp_path.chmod(0o700)
+    if own.st_uid == 0:  # as in the container: what another user keeps to itself, root with CHOWN alone cannot list
+        os.chown(tmp_path, 65532, 65532)
+        limit = [tool("setpriv"), "--bounding-set=-all,+chown", "--inh-caps=-all,+chown"]
+        subprocess.run([*limit, sys.executable, "-c", script, str(tmp_path), "1000", "1001"], check=True)
+        owners = {(path.stat().st_uid, path.stat().st_gid) for path in (tmp_path, tmp_path / "state.db")}
+        assert owners == {(1000, 1001)}
     refused = subprocess.run([sys.executable, "-c", script, str(tmp_path / "none"), "1", "1"], capture_output=True,
                              check=False)
     assert refused.returncode == 1

@@ -94,7 +94,9 @@ spec:
         - |
           import os, sys
           directory, uid, gid = sys.argv[1], int(sys.argv[2]), int(sys.argv[3])
-          for path in [directory, *(entry.path for entry in os.scandir(directory))]:
+          # Root without capabilities cannot list what is another's, of mode 0700.
+          os.chown(directory, os.getuid(), -1)
+          for path in [*(entry.path for entry in os.scandir(directory)), directory]:
               os.chown(path, uid, gid, follow_symlinks=False)
         - /var/lib/coding-agent-exporter
         - {{ $uid | quote }}
