@@ -8,9 +8,11 @@ from __future__ import annotations
 
 import argparse
 import logging
+import math
 import os
 import platform
 import sys
+import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from importlib import metadata
@@ -137,6 +139,45 @@ def _add_check_arguments(parser: argparse.ArgumentParser) -> None:
                         help="format of the report (default: text)")
 
 
+def _snapshot(arguments: argparse.Namespace, _: Load) -> int:
+    from coding_agent_exporter import ecmascript, snapshot  # noqa: PLC0415 (as in _serve)
+
+    # The variables are pi-telemetry's, and so is what becomes of one that makes no sense: the default.
+    directory = (arguments.dir or os.environ.get("PI_TELEMETRY_DIR", "").strip()
+                 or str(_home() / ".pi" / "agent" / "telemetry" / "instances"))
+    stale_ms = arguments.stale_ms
+    if stale_ms is None:
+        configured = ecmascript.number(os.environ.get("PI_TELEMETRY_STALE_MS", ""))
+        stale_ms = math.floor(configured) if 0 < configured < math.inf else 10_000
+    found = snapshot.snapshot(directory, now_ms=time.time_ns() // 1_000_000, stale_ms=stale_ms,
+                              pid_check=arguments.pid_check)
+    _emit(ecmascript.dumps(found, 2 if arguments.pretty else 0) + "\n")
+    return OK
+
+
+def _add_snapshot_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--stale-ms", type=_positive, metavar="N",
+                        help="age of a heartbeat, in ms, beyond which its agent is left out "
+                             "(default: $PI_TELEMETRY_STALE_MS, else 10000)")
+    parser.add_argument("--pretty", action="store_true", help="indent the document")
+    parser.add_argument("--dir", metavar="DIRECTORY", default="",
+                        help="directory of instance files "
+                             "(default: $PI_TELEMETRY_DIR, else ~/.pi/agent/telemetry/instances)")
+    parser.add_argument("--pid-check", choices=("auto", "on", "off"), default="auto",
+                        help="whether an agent must be a process of this machine; auto: where one of them is, started "
+                             "when its heartbeat says (default: auto)")
+
+
+def _positive(text: str) -> int:
+    try:
+        number = math.floor(float(text))
+    except (ValueError, OverflowError):
+        number = 0
+    if number < 1:
+        raise argparse.ArgumentTypeError(f"{text!r} is not a number of 1 or more")
+    return number
+
+
 def _version(_: argparse.Namespace, __: Load) -> int:
     _emit(f"{PROG} {version()} (Python {platform.python_version()})\n")
     return OK
@@ -154,6 +195,8 @@ COMMANDS = (
     Command("serve", "serve metrics until SIGTERM; the default", _serve),
     Command("check", "say what would be read, and what is wrong; exit code 1 if anything is", _check,
             _add_check_arguments),
+    Command("snapshot", "print the state of this machine's agents as JSON, as pi-telemetry-snapshot does", _snapshot,
+            _add_snapshot_arguments, takes_settings=False),
     Command("version", "print the version", _version, takes_settings=False),
 )
 
@@ -200,7 +243,7 @@ def _parser() -> tuple[_Parser, set[str], list[str]]:
     known = set()
     for command in COMMANDS:
         sub = commands.add_parser(command.name, usage=f"{PROG} {command.name} [flags]", help=command.help,
-                                  description=f"{command.help.capitalize()}.",
+                                  description=f"{command.help[0].upper()}{command.help[1:]}.",
                                   epilog=_EPILOG if command.takes_settings else None)
         sub.set_defaults(run=command.run)
         if command.add_arguments is not None:

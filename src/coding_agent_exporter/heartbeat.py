@@ -20,6 +20,8 @@ _NAME = re.compile(r"[0-9]+\.json", re.ASCII)
 # NONBLOCK: a FIFO of that name must not hang the exporter.
 _OPEN = os.O_RDONLY | os.O_NONBLOCK | os.O_NOFOLLOW | os.O_CLOEXEC
 
+MAX_BYTES = 1 << 20
+
 _Stat = tuple[int, int, int]
 
 
@@ -52,7 +54,7 @@ class _Known:
 class InstanceDir:
     """The instance files of one root. Not thread-safe."""
 
-    def __init__(self, root: Root, max_bytes: int = 1 << 20) -> None:
+    def __init__(self, root: Root, max_bytes: int = MAX_BYTES) -> None:
         self.root = root
         self._max_bytes = max_bytes
         self._known: dict[str, _Known] = {}
@@ -119,24 +121,17 @@ class InstanceDir:
         if not stat.S_ISREG(status.st_mode):
             return _complain(known, "unreadable", "not_regular")
         try:
-            descriptor = os.open(path, _OPEN)
-            try:
-                # The name may have been renamed over since it was listed: what counts is what was opened.
-                status = os.fstat(descriptor)
-                known.version = _version(status)
-                if not stat.S_ISREG(status.st_mode):
-                    return _complain(known, "unreadable", "not_regular")
-                raw = self._read_all(descriptor, status.st_size)
-            finally:
-                os.close(descriptor)
+            # The name may have been renamed over since it was listed: what counts is what was opened.
+            raw, status = read(path, self._max_bytes)
+            known.version = _version(status)
         except FileNotFoundError:
             raise
         except OSError:
             # Its permissions, or a shortage of descriptors, can change without a trace in version.
             known.version = None
             return _complain(known, "unreadable", "unreadable")
-        if raw is None:
-            return _complain(known, "unreadable", "too_large")
+        if isinstance(raw, Rejected):
+            return _complain(known, "unreadable", raw.reason)
         result = parse(raw)
         if isinstance(result, Rejected):
             return _complain(known, "invalid", result.reason, raw)
@@ -146,16 +141,27 @@ class InstanceDir:
         known.complaint = None
         return result
 
-    def _read_all(self, descriptor: int, size: int) -> bytes | None:
-        """The whole file, or None when it is longer than allowed."""
-        if size > self._max_bytes:
-            return None
+
+def read(path: str, max_bytes: int = MAX_BYTES) -> tuple[bytes | Rejected, os.stat_result]:
+    """A whole instance file, or why it is not taken: `not_regular`, `too_large`; and the status of what was opened.
+
+    Raises OSError. Follows no link.
+    """
+    descriptor = os.open(path, _OPEN)
+    try:
+        status = os.fstat(descriptor)
+        if not stat.S_ISREG(status.st_mode):
+            return Rejected("not_regular"), status
+        if status.st_size > max_bytes:
+            return Rejected("too_large"), status
         chunks: list[bytes] = []
-        left = self._max_bytes + 1
+        left = max_bytes + 1
         while left > 0 and (chunk := os.read(descriptor, min(left, 1 << 16))):
             chunks.append(chunk)
             left -= len(chunk)
-        return b"".join(chunks) if left > 0 else None
+        return b"".join(chunks) if left > 0 else Rejected("too_large"), status
+    finally:
+        os.close(descriptor)
 
 
 def _version(status: os.stat_result) -> _Stat:

@@ -33,7 +33,7 @@ def parse(raw: bytes) -> Heartbeat | Rejected:
     object `process` with a usable integer `pid`), `bad_time` (`process.updatedAt` is not a time in ms).
     """
     try:
-        document = _decode(raw)
+        document = decode(raw)
     except RecursionError:
         return Rejected("too_deep")
     except ValueError:
@@ -97,8 +97,8 @@ def derive_pressure(percent: float | None) -> Pressure | None:
     return Pressure.NORMAL
 
 
-def _decode(raw: bytes) -> object:
-    """Raises ValueError when it is not JSON, RecursionError when it nests too deep."""
+def decode(raw: bytes) -> object:
+    """The document as it is, content included. Raises ValueError when it is not JSON, RecursionError when too deep."""
     try:
         return msgspec.json.decode(raw)
     except (msgspec.DecodeError, UnicodeDecodeError):
