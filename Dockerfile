@@ -26,6 +26,8 @@ RUN --mount=type=secret,id=pip_conf,target=/etc/pip.conf \
     /venv/bin/pip download --quiet --require-hashes --only-binary=:all: --no-deps --dest /wheels \
         -r "image/requirements${EXTRA:+-$EXTRA}.txt"
 COPY pyproject.toml README.md LICENSE ./
+COPY grafana/dashboards grafana/dashboards
+COPY grafana/rules grafana/rules
 COPY src src
 RUN /venv/bin/pip wheel --quiet --no-index --no-deps --no-build-isolation --wheel-dir /wheels . && \
     /venv/bin/pip install --quiet --no-index --no-deps --no-compile --target /app /wheels/*.whl && \

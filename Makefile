@@ -18,6 +18,7 @@ PYTHON ?= python3
 VENV := .venv
 PY := $(VENV)/bin/python
 SOURCES := $(shell find src -name '*.py' -o -name py.typed)
+SHIPPED := $(wildcard grafana/dashboards/*.json grafana/rules/*.yaml)
 MIN_PYTHON := 3.11
 
 markdown_of = $(PY) -c 'from coding_agent_exporter import $(1) as m; print(m.markdown(), end="")'
@@ -74,7 +75,7 @@ $(VENV)/.made: pyproject.toml
 	touch $@
 
 # --no-build-isolation: with the backend at hand a rebuild neither downloads nor waits.
-$(VENV)/.package: $(VENV)/.made $(SOURCES) README.md LICENSE
+$(VENV)/.package: $(VENV)/.made $(SOURCES) $(SHIPPED) README.md LICENSE
 	$(PY) -m pip install --quiet --no-build-isolation --no-deps --force-reinstall .
 	touch $@
 

@@ -73,6 +73,7 @@ class Command:
     run: Callable[[argparse.Namespace, Load], int]
     add_arguments: Callable[[argparse.ArgumentParser], None] | None = None
     takes_settings: bool = True
+    operands: str = ""
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -178,6 +179,35 @@ def _positive(text: str) -> int:
     return number
 
 
+def _shipped(kind: str) -> Callable[[argparse.Namespace, Load], int]:
+    def run(arguments: argparse.Namespace, _: Load) -> int:
+        from coding_agent_exporter import shipped  # noqa: PLC0415 (as in _serve)
+
+        files = {file.stem: file for file in shipped.files(kind)}
+        unknown = [name for name in arguments.names if name not in files]
+        if unknown:
+            raise config.ConfigError(f"{unknown[0]}: there is no such file among the {kind}: {', '.join(files)}")
+        chosen = [files[name] for name in arguments.names or files]
+        if arguments.dir:
+            for written in shipped.write(chosen, Path(arguments.dir), force=arguments.force):
+                _emit(f"{written}\n")
+        elif arguments.names:
+            for file in chosen:
+                _emit(file.read_text(encoding="utf-8"))
+        else:
+            _emit("".join(f"{name:<12}{shipped.title(file)}\n" for name, file in files.items()))
+        return OK
+
+    return run
+
+
+def _add_shipped_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("names", nargs="*", metavar="NAME", help="print these; without a name, list what there is")
+    parser.add_argument("--dir", metavar="DIRECTORY", default="",
+                        help="write them, or all of them, into this directory, and print the paths")
+    parser.add_argument("--force", action="store_true", help="overwrite files that are not as they are shipped")
+
+
 def _version(_: argparse.Namespace, __: Load) -> int:
     _emit(f"{PROG} {version()} (Python {platform.python_version()})\n")
     return OK
@@ -197,6 +227,10 @@ COMMANDS = (
             _add_check_arguments),
     Command("snapshot", "print the state of this machine's agents as JSON, as pi-telemetry-snapshot does", _snapshot,
             _add_snapshot_arguments, takes_settings=False),
+    Command("dashboards", "list, print or write the dashboards for Grafana", _shipped("dashboards"),
+            _add_shipped_arguments, takes_settings=False, operands="[name ...] "),
+    Command("rules", "list, print or write the alerting and recording rules for Prometheus", _shipped("rules"),
+            _add_shipped_arguments, takes_settings=False, operands="[name ...] "),
     Command("version", "print the version", _version, takes_settings=False),
 )
 
@@ -242,7 +276,8 @@ def _parser() -> tuple[_Parser, set[str], list[str]]:
     commands = parser.add_subparsers(title="commands", metavar="command", parser_class=_Parser)
     known = set()
     for command in COMMANDS:
-        sub = commands.add_parser(command.name, usage=f"{PROG} {command.name} [flags]", help=command.help,
+        usage = f"{PROG} {command.name} {command.operands}[flags]"
+        sub = commands.add_parser(command.name, usage=usage, help=command.help,
                                   description=f"{command.help[0].upper()}{command.help[1:]}.",
                                   epilog=_EPILOG if command.takes_settings else None)
         sub.set_defaults(run=command.run)
