@@ -37,11 +37,14 @@ _TITLE = re.compile(rb'\s*\{\s*"type"\s*:\s*"title"')
 
 
 class Inputs:
-    """Reads usage logs and session files. Counts what it does in `stats`, what it sees in `states` and `lag`."""
+    """Reads usage logs and session files. Counts what it does in `stats`, what it sees in `states` and `lag`.
+
+    Without `runs`, only what was spent is read.
+    """
 
     def __init__(
-        self, roots: Sequence[Root], discovery: Discovery, tail: Tail, ledger: Ledger, runs: Runs,
-        rows: Iterable[FileRow],
+        self, roots: Sequence[Root], discovery: Discovery, tail: Tail, ledger: Ledger,
+        runs: Runs | None, rows: Iterable[FileRow],
     ) -> None:
         self.stats: Counter[CounterKey] = Counter()
         self.states: dict[tuple[str, str, str], int] = {}
@@ -224,8 +227,9 @@ class Inputs:
             # Sub-agents are all called alike: without a header only the place of a file tells it from others.
             by_name = session_files.session_key(file.path.stem) if "_" in file.path.stem else file.log
             self._ledger.apply_session(file, row.source, meta, records, fallback=by_name)
-            turns, _ = turn_lines.decode(data)  # what is malformed was counted above
-            self._runs.apply_session(file, row.source, row.session or by_name, turns, self._now)
+            if self._runs is not None:
+                turns, _ = turn_lines.decode(data)  # what is malformed was counted above
+                self._runs.apply_session(file, row.source, row.session or by_name, turns, self._now)
             row.session, row.created, row.parent = meta.session, meta.created, meta.parent
             self._sessions.add(row.session or by_name)
         for reason, count in rejected.items():

@@ -26,6 +26,7 @@ from coding_agent_exporter.model import (
     RateLimit,
     SessionCompaction,
     SessionHeader,
+    SessionMessage,
     SessionRecord,
     SourceFile,
     UsageEvent,
@@ -189,11 +190,10 @@ class Ledger:
                 if not meta.session:
                     meta.session, meta.created, meta.parent = record.session, record.created, record.parent
                 continue
-            own = key = _key("session", PI, meta.session or fallback)
-            at = record.recorded if isinstance(record, SessionCompaction) else record.started
-            copied = at < meta.created and meta.parent not in {"", meta.session}
+            session, copied, at = owner(meta, record, fallback)
+            key = _key("session", PI, session)
             if copied:
-                key = _key("session", PI, meta.parent)
+                own = _key("session", PI, meta.session or fallback)
                 forked = self._account(own, Session)
                 if at > forked.copies:
                     forked.copies = at
@@ -280,8 +280,8 @@ class Ledger:
         for place, event in enumerate(events):
             found = opened.get(event.session_id)
             if found is None:
-                uuid = _PI_SESSION.search(event.session_id) if is_pi else None
-                key = _key("session", PI if is_pi else file.source, uuid.group(1) if uuid else event.session_id)
+                uuid = pi_session(event.session_id) if is_pi else ""
+                key = _key("session", PI if is_pi else file.source, uuid or event.session_id)
                 orphans = self._account(_key(ORPHANS, PI), Session) if uuid else None
                 found = opened[event.session_id] = key, self._account(key, Session), orphans
             key, session, orphans = found
@@ -318,6 +318,21 @@ class Ledger:
                             self._limits_changed = self._limits_changed or known != limit
                             self.rate_limits[key] = limit
                 return
+
+
+def pi_session(name: str) -> str:
+    """The uuid of the session that a usage log of pi names by its file, `<start>_<uuid>`; empty where it names none."""
+    found = _PI_SESSION.search(name)
+    return found.group(1) if found else ""
+
+
+def owner(meta: SessionMeta, record: SessionMessage | SessionCompaction, fallback: str) -> tuple[str, bool, int]:
+    """The session that a record of a session file counts for, whether that is the one it was copied from, and the
+    record's time (epoch ms). `fallback` as in `Ledger.apply_session`."""
+    at = record.recorded if isinstance(record, SessionCompaction) else record.started
+    if at < meta.created and meta.parent not in {"", meta.session}:
+        return meta.parent, True, at
+    return meta.session or fallback, False, at
 
 
 def _followers(events: list[UsageEvent]) -> list[UsageEvent | None]:

@@ -10,7 +10,7 @@ from coding_agent_exporter import families
 from coding_agent_exporter.model import CounterKey, Delta
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable
+    from collections.abc import Iterable, Mapping
 
 REPORTED, ESTIMATED, INPUT, OUTPUT, CACHE_READ, CACHE_CREATION, MESSAGES, UNPRICED, SESSIONS = range(9)
 SLOTS = 9
@@ -87,6 +87,14 @@ class Book:
         if row is None:
             row = rows[number] = [0] * SLOTS
         return row
+
+    def move(self, before: int, after: int, amounts: Mapping[int, int], second: int) -> None:
+        """Take amounts by slot from one label set to another: what a process or session had spent turned out to be
+        of another cost mode."""
+        source, target = self.row(before, second), self.row(after, second)
+        for slot, amount in amounts.items():
+            source[slot] -= amount
+            target[slot] += amount
 
     def count(self, key: CounterKey, second: float, amount: int = 1) -> None:
         """Add to a counter that is no usage family."""

@@ -32,6 +32,8 @@ if TYPE_CHECKING:
 MAX_READINGS = 4096
 MAX_RECENT = 4096
 
+_PARTS = (REPORTED, ESTIMATED, UNPRICED, INPUT, OUTPUT, CACHE_READ, CACHE_CREATION)
+
 CLOCK_ERROR = 3600
 """Seconds by which the clocks of an agent and of this exporter may differ."""
 
@@ -39,7 +41,7 @@ CLOCK_ERROR = 3600
 class Codex(msgspec.Struct, array_like=True, tag=2):
     """A session's freshest reading, and what each label set has been given of it.
 
-    `parts`: label set number -> [reported, estimated, unpriced, input, output, cache_read, cache_creation].
+    `parts`: label set number -> amounts in the order of `_PARTS`.
     `recent`: the ids of the events of the latest second, to tell a replay from news.
     """
 
@@ -151,12 +153,8 @@ class CodexRules:
         for number, part in session.parts.items():
             labels = self._book.keys[number]
             other = self._number(file, f"{labels[2]}/{labels[3]}", mode, agent)
+            self._book.move(number, other, dict(zip(_PARTS, part, strict=True)), second)
             total = moved.setdefault(other, [0] * 7)
-            for sign, row in ((-1, self._book.row(number, second)), (1, self._book.row(other, second))):
-                for slot, amount in zip(
-                    (REPORTED, ESTIMATED, UNPRICED, INPUT, OUTPUT, CACHE_READ, CACHE_CREATION), part, strict=True
-                ):
-                    row[slot] += sign * amount
             for place, amount in enumerate(part):
                 total[place] += amount
         session.parts = moved
@@ -239,8 +237,7 @@ class ProcessRules:
         for number, amount in parts.items():
             labels = self._book.keys[number]
             other = self._number(file, f"{labels[2]}/{labels[3]}", process, agent)
-            self._book.row(number, second)[REPORTED] -= amount
-            self._book.row(other, second)[REPORTED] += amount
+            self._book.move(number, other, {REPORTED: amount}, second)
             process.parts[other] = process.parts.get(other, 0) + amount
 
     def _number(self, file: SourceFile, model: str | None, process: Process, agent: str) -> int:
