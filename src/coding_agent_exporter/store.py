@@ -337,5 +337,6 @@ def _migrate(db: sqlite3.Connection, path: Path) -> None:
             db.execute(f"PRAGMA user_version = {number}")
             db.execute("COMMIT")
         except BaseException:
-            db.execute("ROLLBACK")
+            if db.in_transaction:  # Ctrl-C can come right after the commit
+                db.execute("ROLLBACK")
             raise
