@@ -11,6 +11,7 @@ import logging
 import math
 import os
 import platform
+import shutil
 import sys
 import time
 from collections.abc import Callable
@@ -208,6 +209,44 @@ def _add_shipped_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--force", action="store_true", help="overwrite files that are not as they are shipped")
 
 
+def _usage(arguments: argparse.Namespace, load: Load) -> int:
+    settings = load()
+    logs.setup("error", settings.log_format)
+    from coding_agent_exporter import usage  # noqa: PLC0415 (as in _serve)
+    from coding_agent_exporter.usageprogress import ProgressBar  # noqa: PLC0415
+
+    try:
+        question = usage.Question(
+            by=usage.parse_by(arguments.by), since=arguments.since, until=arguments.until, utc=arguments.utc,
+            format=arguments.format, detail=arguments.detail)
+        with ProgressBar(sys.stderr, dumb=os.environ.get("TERM", "dumb") == "dumb") as progress:
+            answer = usage.usage(settings, question, progress=progress, width=shutil.get_terminal_size().columns)
+    except usage.QuestionError as error:
+        raise config.ConfigError(str(error)) from error
+    for note in answer.notes:
+        sys.stderr.write(f"{PROG}: {note}\n")
+    _emit(_encodable(answer.text))
+    return OK
+
+
+def _add_usage_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--by", metavar="A,B,...", default="",
+                        help="what the rows are: model, day, session, agent or source, or several of them "
+                             "(default: model)")
+    parser.add_argument("--since", metavar="WHEN", default="",
+                        help="leave out what is older: a duration (24h, 7d), a date, a time, today, yesterday, week or "
+                             "month (default: everything; with --detail 24h)")
+    parser.add_argument("--until", metavar="WHEN", default="",
+                        help="leave out what is newer; a date or word stands for all of it, its last day included "
+                             "(default: now)")
+    parser.add_argument("--utc", action="store_true", help="days, and times without an offset, are UTC's, not local")
+    parser.add_argument("--format", choices=("table", "json", "csv"), default="table",
+                        help="format of the table (default: table)")
+    parser.add_argument("--detail", action="store_true",
+                        help="with --format=json: sources with their sessions and rate limits, in the shape of "
+                             "`mngr usage --format json --detail`")
+
+
 def _version(_: argparse.Namespace, __: Load) -> int:
     _emit(f"{PROG} {version()} (Python {platform.python_version()})\n")
     return OK
@@ -227,6 +266,8 @@ COMMANDS = (
             _add_check_arguments),
     Command("snapshot", "print the state of this machine's agents as JSON, as pi-telemetry-snapshot does", _snapshot,
             _add_snapshot_arguments, takes_settings=False),
+    Command("usage", "print what was spent, by model, day, session, agent or source, out of the logs themselves",
+            _usage, _add_usage_arguments),
     Command("dashboards", "list, print or write the dashboards for Grafana", _shipped("dashboards"),
             _add_shipped_arguments, takes_settings=False, operands="[name ...] "),
     Command("rules", "list, print or write the alerting and recording rules for Prometheus", _shipped("rules"),
@@ -313,6 +354,12 @@ def _reject_unknown(argv: Sequence[str], known: set[str]) -> None:
         flag = token.partition("=")[0]
         if flag.startswith("--") and flag not in known:
             raise config.ConfigError(f"{flag}: unknown flag{config.did_you_mean(flag, known)}")
+
+
+def _encodable(text: str) -> str:
+    """What standard output cannot say (a terminal that is not UTF-8) as escapes: a name is no reason to fail."""
+    encoding = sys.stdout.encoding or "utf-8"
+    return text.encode(encoding, "backslashreplace").decode(encoding)
 
 
 def _emit(text: str) -> None:
