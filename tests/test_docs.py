@@ -96,7 +96,7 @@ def test_flags_exist(page: Path) -> None:
     known = {option.flag for option in config.OPTIONS} | {f"--no-{option.name}" for option in config.OPTIONS}
     written = set(re.findall(r"--[a-z]+(?:[.-][a-z]+)*\.[a-z-]*[a-z]", page.read_text(encoding="utf-8")))
     assert written - known == set()
-    parser = argparse.ArgumentParser()
+    parser = argparse.ArgumentParser(conflict_handler="resolve")
     for command in cli.COMMANDS:
         if command.add_arguments:
             command.add_arguments(parser)

@@ -184,7 +184,7 @@ def _window(value: Any) -> dict[str, Any] | None:
         found = value.get(name)
         if isinstance(found, bool) or not isinstance(found, int | float):
             return None
-        return found if abs(found) <= MAX_COUNT else None
+        return float(found) if abs(found) <= MAX_COUNT else None
 
     def of(kind: type, name: str) -> Any:
         found = value.get(name)
