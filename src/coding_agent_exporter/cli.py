@@ -74,7 +74,7 @@ class Command:
     run: Callable[[argparse.Namespace, Load], int]
     add_arguments: Callable[[argparse.ArgumentParser], None] | None = None
     takes_settings: bool = True
-    operands: str = ""
+    usage: str = "[flags]"
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -247,6 +247,33 @@ def _add_usage_arguments(parser: argparse.ArgumentParser) -> None:
                              "`mngr usage --format json --detail`")
 
 
+def _wrap(arguments: argparse.Namespace, _: Load) -> int:
+    from coding_agent_exporter import wrap  # noqa: PLC0415 (as in _serve)
+    from coding_agent_exporter.integrations.files import Places  # noqa: PLC0415 (as in _serve)
+
+    command = arguments.command[1:] if arguments.command[:1] == ["--"] else arguments.command
+    if not command:
+        raise config.ConfigError("wrap: no command; write it after --, as in: wrap -- pi --mode rpc")
+    logging.basicConfig(format=f"{PROG}: %(message)s", level=logging.WARNING)
+    places = Places.of(os.environ, telemetry_dir=arguments.telemetry_dir, agent_dir=arguments.agent_dir)
+    try:
+        return wrap.wrap(command, places)
+    except OSError as error:
+        sys.stderr.write(f"{PROG}: error: {error}\n")
+        return wrap.NOT_FOUND if isinstance(error, FileNotFoundError) else wrap.NOT_EXECUTABLE
+
+
+def _add_wrap_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--telemetry-dir", metavar="DIRECTORY", default="",
+                        help="directory of instance files "
+                             "(default: $PI_TELEMETRY_DIR, else ~/.pi/agent/telemetry/instances)")
+    parser.add_argument("--agent-dir", metavar="DIRECTORY", default="",
+                        help="directory of the agent, whose usage log is events/pi-coding/usage/events.jsonl in it "
+                             "(default: $MNGR_AGENT_STATE_DIR, else agents/pi-rpc below $MNGR_HOST_DIR or ~/.mngr)")
+    parser.add_argument("command", nargs=argparse.REMAINDER, metavar="-- COMMAND ...",
+                        help="what to run, with its arguments")
+
+
 def _version(_: argparse.Namespace, __: Load) -> int:
     _emit(f"{PROG} {version()} (Python {platform.python_version()})\n")
     return OK
@@ -269,9 +296,11 @@ COMMANDS = (
     Command("usage", "print what was spent, by model, day, session, agent or source, out of the logs themselves",
             _usage, _add_usage_arguments),
     Command("dashboards", "list, print or write the dashboards for Grafana", _shipped("dashboards"),
-            _add_shipped_arguments, takes_settings=False, operands="[name ...] "),
+            _add_shipped_arguments, takes_settings=False, usage="[name ...] [flags]"),
     Command("rules", "list, print or write the alerting and recording rules for Prometheus", _shipped("rules"),
-            _add_shipped_arguments, takes_settings=False, operands="[name ...] "),
+            _add_shipped_arguments, takes_settings=False, usage="[name ...] [flags]"),
+    Command("wrap", "run an agent in RPC mode (pi --mode rpc) with telemetry; its input and output pass untouched",
+            _wrap, _add_wrap_arguments, takes_settings=False, usage="[flags] -- command ..."),
     Command("version", "print the version", _version, takes_settings=False),
 )
 
@@ -317,8 +346,7 @@ def _parser() -> tuple[_Parser, set[str], list[str]]:
     commands = parser.add_subparsers(title="commands", metavar="command", parser_class=_Parser)
     known = set()
     for command in COMMANDS:
-        usage = f"{PROG} {command.name} {command.operands}[flags]"
-        sub = commands.add_parser(command.name, usage=usage, help=command.help,
+        sub = commands.add_parser(command.name, usage=f"{PROG} {command.name} {command.usage}", help=command.help,
                                   description=f"{command.help[0].upper()}{command.help[1:]}.",
                                   epilog=_EPILOG if command.takes_settings else None)
         sub.set_defaults(run=command.run)
@@ -351,6 +379,8 @@ def _add_settings(parser: argparse.ArgumentParser, noted: list[str]) -> None:
 def _reject_unknown(argv: Sequence[str], known: set[str]) -> None:
     """Before argparse, which would take the value of a misspelt flag for a command, and blame that."""
     for token in argv:
+        if token == "--":  # noqa: S105 (a word of the command line)
+            break  # what follows belongs to another program
         flag = token.partition("=")[0]
         if flag.startswith("--") and flag not in known:
             raise config.ConfigError(f"{flag}: unknown flag{config.did_you_mean(flag, known)}")

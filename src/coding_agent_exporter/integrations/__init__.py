@@ -1,0 +1,1 @@
+"""What programs that run agents themselves can use: it writes the files that the exporter reads."""
