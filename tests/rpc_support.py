@@ -46,6 +46,13 @@ def session_file(name: str, place: int = 0) -> Path:
     return next((CAPTURES / "pi" / "sessions").glob(f"*/*_{SESSIONS[name][place]}.jsonl"))
 
 
+def reply(tokens: int, stop: str = "stop", **message: Any) -> dict[str, Any]:
+    """The end of an assistant message that used so many input tokens."""
+    return {"type": "message_end", "message": {
+        "role": "assistant", "provider": "p", "model": "m", "stopReason": stop, "timestamp": 1_700_000_000_000,
+        "usage": {"input": tokens, "output": 0, "cost": {"total": 0.5}}, **message}}
+
+
 class Replay:
     """A transport, as pidriver's, of a recorded process. What it is asked it answers as pi would.
 

@@ -130,4 +130,4 @@ def _see(exporter: Exporter, pid: str, event: str) -> None:
         return [value for (name, labels), value in exporter.scrape().items()
                 if name == "coding_agent_context_percent" and dict(labels)["pid"] == pid]
 
-    wait_for(lambda: bool(percent()) == (event == "agent_end"), event)
+    wait_for(lambda: percent()[:1] > [50.0] if event == "agent_end" else not percent(), event)

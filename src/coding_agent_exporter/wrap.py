@@ -75,7 +75,8 @@ def _run(process: subprocess.Popen[bytes], recorder: Recorder) -> int:
     outward.start()
     code = process.wait()
     # What it has started may keep its output open for ever.
-    while outward.is_alive() and idle.seconds() < _GRACE:
+    ended = time.monotonic()
+    while outward.is_alive() and time.monotonic() - max(idle.since, ended) < _GRACE:
         outward.join(0.02)
     recorder.close(code)
     recorder.join()
@@ -117,9 +118,6 @@ class _Idle:
 
     def __init__(self) -> None:
         self.since = math.inf
-
-    def seconds(self) -> float:
-        return time.monotonic() - self.since
 
 
 def _write(target: int, data: bytes) -> None:
