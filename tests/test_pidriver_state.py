@@ -11,6 +11,7 @@ import pytest
 from coding_agent_exporter.integrations import frames
 from coding_agent_exporter.integrations.agent import Agent
 from coding_agent_exporter.integrations.files import Places
+from coding_agent_exporter.integrations.sessions import SessionFiles
 from rpc_support import MODELS, PIDS, SESSIONS, recorded, recorded_lines, reply
 from support import DATA
 
@@ -28,7 +29,7 @@ def test_usage_is_what_pidriver_adds_up(name: str) -> None:
         kept = frames.of_object(frame)
         usage = agent.apply(kept).usage if kept else None
         if usage is not None:
-            parts = (usage.input, usage.output, usage.cache_read, usage.cache_creation, usage.cost)
+            parts = (usage.input, usage.output, usage.cache_read, usage.cache_creation, usage.cost or 0)
             got = [total + part for total, part in zip(got, parts, strict=True)]
     assert got == pytest.approx(wanted, abs=1e-12)
     assert got[0] > 0
@@ -49,7 +50,7 @@ def test_the_state_is_the_one_that_pi_telemetry_saw(name: str) -> None:
     for frame in [state(name, 0), *recorded(name)]:
         kept = frames.of_object(frame)
         outcome = agent.apply(kept) if kept else None
-        if outcome and outcome.moved:
+        if outcome and outcome.event == "session_switch":
             place += 1
             asked = frames.of_object(state(name, place))
             assert asked is not None
@@ -158,6 +159,23 @@ def test_a_line_that_is_too_long_costs_only_itself() -> None:
     got = [line for piece in (b"one\nlonger than ", b"ten bytes", b" and more\ntwo\nthr", b"ee\n")
            for line in lines.feed(piece)]
     assert got == [b"one", b"two", b"three"]
+
+
+def test_a_session_file_is_told_by_the_very_message(tmp_path: Path) -> None:
+    """Of two sessions with a message of equal figures the one whose call began then; none, where none did."""
+    place = tmp_path / ".pi/agent/sessions/--srv-project--"
+    place.mkdir(parents=True)
+    for name, at in (("one", 1_700_000_000_000), ("two", 1_700_000_000_001)):
+        message = {"role": "assistant", "usage": {"input": 5, "output": 0}, "timestamp": at}
+        (place / f"{name}.jsonl").write_text(json.dumps({"message": message}, separators=(",", ":")) + "\n")
+    files = SessionFiles(["pi"], {"HOME": str(tmp_path)}, "/srv/project")
+    for name, at in (("one", 1_700_000_000_000), ("two", 1_700_000_000_001), ("", 1_700_000_000_002)):
+        kept = frames.of_object(reply(5, timestamp=at))
+        assert kept is not None
+        usage = Agent().apply(kept).usage
+        assert usage is not None
+        assert Path(files.find(usage)).stem == name
+        assert files.find(usage, known=str(place / "one.jsonl")) == files.find(usage)
 
 
 def test_places(tmp_path: Path) -> None:

@@ -114,6 +114,7 @@ def test_a_command_that_closes_its_input_is_not_written_to(start: Start) -> None
     assert process.stdout.readline() == b"closed\n"
     with pytest.raises(BrokenPipeError):
         _write_for_ever(process.stdin.fileno())
+    assert process.poll() is None
     process.terminate()
 
 
@@ -241,9 +242,11 @@ def test_what_cannot_be_observed_in_time_is_left_out(tmp_path: Path, caplog: pyt
     """Bounded: a piece that does not fit is dropped with the line it belongs to; what comes later is read again."""
     recorder = Recorder(Places.of({"HOME": str(tmp_path)}))
     first, second = recorded_lines("c"), recorded_lines("b2")
-    recorder.chunk(first + b'{"type":"cut')
-    recorder.chunk(b"x" * MAX_BYTES)
-    recorder.chunk(b' off"}\n' + second)
+    # Without its middle this would be a whole frame, of a message that never was.
+    begin, end = b'{"type":"message_end","message":{"role":"assistant","usage":{"input":1', b'}}}\n'
+    recorder.chunk(first + begin)
+    recorder.chunk(b"2" * MAX_BYTES)
+    recorder.chunk(end + second)
     recorder.start(1, str(tmp_path), SessionFiles(["--no-session"], {}, str(tmp_path)))
     recorder.close()
     recorder.join()

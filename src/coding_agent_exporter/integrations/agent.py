@@ -52,12 +52,11 @@ class Usage:
 class Outcome:
     """What a frame meant. `event` names it as pi-telemetry does; empty: nothing to write.
 
-    `usage` is new, or differs from what was known of the message. `moved`: the session is another one from now on.
+    `usage` is new, or differs from what was known of the message.
     """
 
     event: str = ""
     usage: Usage | None = None
-    moved: bool = False
 
 
 _NOTHING = Outcome()
@@ -208,7 +207,7 @@ class Agent:
             case _ if command in SWITCHES and data.get("cancelled") is not True:
                 self._leave()
                 self.tokens = 0 if command == "new_session" else None
-                return Outcome("session_fork" if command in _FORKS else "session_switch", moved=True)
+                return Outcome("session_fork" if command in _FORKS else "session_switch")
             case _:
                 return _NOTHING
         return Outcome("model_select")

@@ -176,8 +176,6 @@ class Recorder:
                 self._note(self._agent.apply(frame, sent=item.sent))
 
     def _note(self, outcome: Outcome) -> None:
-        if outcome.moved:
-            self._own_session = ""
         if outcome.usage is not None:
             self._unwritten.append(usage_line(outcome.usage, self._session(outcome.usage)))
             self._flush()
