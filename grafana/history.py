@@ -28,17 +28,17 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from coding_agent_exporter import config
+from coding_agent_exporter.demo.agents import DAY
+from coding_agent_exporter.demo.simulation import BENCH, DESK, POD, Fleet
 from coding_agent_exporter.pipeline import Pipeline
 from coding_agent_exporter.watch import TimerWaker
 from coding_agent_exporter.webapp import App
-from grafana.agents import DAY
-from grafana.simulation import BENCH, DESK, POD, Fleet
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Mapping, Sequence
 
-    from grafana.agents import Role
-    from grafana.writers import Truth
+    from coding_agent_exporter.demo.agents import Role
+    from coding_agent_exporter.demo.writers import Truth
 
 START = 1_767_744_000.0
 """Wednesday, 7 January 2026, midnight UTC: a day is a day, and the weekend lies in the middle of a week."""

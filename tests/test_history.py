@@ -17,9 +17,9 @@ from typing import TYPE_CHECKING, NamedTuple
 
 import pytest
 from grafana.history import START, Record, Server, Target, make_blocks, record_all, serve
-from grafana.simulation import BENCH, DESK, POD
-from grafana.writers import TOKEN_TYPES, Usage
 
+from coding_agent_exporter.demo.simulation import BENCH, DESK, POD
+from coding_agent_exporter.demo.writers import TOKEN_TYPES, Usage
 from coding_agent_exporter.model import PICO
 
 if TYPE_CHECKING:

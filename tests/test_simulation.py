@@ -1,4 +1,4 @@
-"""The made-up fleet of `grafana/simulation.py`: its files say what its truth says, and depend on the seed alone."""
+"""The made-up fleet of `demo/simulation.py`: its files say what its truth says, and depend on the seed alone."""
 
 from __future__ import annotations
 
@@ -8,11 +8,11 @@ from datetime import UTC, datetime
 from typing import TYPE_CHECKING
 
 import pytest
-from grafana.simulation import BENCH, DESK, POD, Fleet
-from grafana.work import CODEX, PREVIEW
-from grafana.writers import TOKEN_TYPES, Truth, Usage
 
 from coding_agent_exporter import check, config, inspection
+from coding_agent_exporter.demo.simulation import BENCH, DESK, POD, Fleet
+from coding_agent_exporter.demo.work import CODEX, PREVIEW
+from coding_agent_exporter.demo.writers import TOKEN_TYPES, Truth, Usage
 from coding_agent_exporter.model import PICO
 from coding_agent_exporter.pipeline import Pipeline
 from coding_agent_exporter.pricing import Prices

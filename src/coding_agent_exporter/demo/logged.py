@@ -7,15 +7,15 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
-from grafana.agents import DAY, HOUR, Agent
-from grafana.work import Context, tools
-from grafana.writers import PICO, Usage, UsageLog, figures, identifier
+from coding_agent_exporter.demo.agents import DAY, HOUR, Agent
+from coding_agent_exporter.demo.work import Context, tools
+from coding_agent_exporter.demo.writers import PICO, Usage, UsageLog, figures, identifier
 
 if TYPE_CHECKING:
     import random
 
-    from grafana.agents import Host, Role, Steps
-    from grafana.work import Call, Tokens
+    from coding_agent_exporter.demo.agents import Host, Role, Steps
+    from coding_agent_exporter.demo.work import Call, Tokens
 
 COPIED = 12
 """So many messages of its parent a forked session repeats."""

@@ -15,16 +15,16 @@ import heapq
 import random
 from typing import TYPE_CHECKING
 
-from grafana.agents import Host, Job, Omp, Pi, Role
-from grafana.logged import Claude, Codex, OpenCode
-from grafana.work import CODEX, FLASH, GPT, HAIKU, OPUS, PREVIEW, QWEN, SONNET
+from coding_agent_exporter.demo.agents import Host, Job, Omp, Pi, Role
+from coding_agent_exporter.demo.logged import Claude, Codex, OpenCode
+from coding_agent_exporter.demo.work import CODEX, FLASH, GPT, HAIKU, OPUS, PREVIEW, QWEN, SONNET
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator, Sequence
     from pathlib import Path
 
-    from grafana.agents import Agent
-    from grafana.writers import Truth
+    from coding_agent_exporter.demo.agents import Agent
+    from coding_agent_exporter.demo.writers import Truth
 
 KINDS: dict[str, type[Agent]] = {
     "pi": Pi, "omp": Omp, "job": Job, "opencode": OpenCode, "claude": Claude, "codex": Codex,

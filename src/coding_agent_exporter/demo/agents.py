@@ -10,15 +10,15 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, NamedTuple, TypeVar
 
-from grafana.work import COMPACT_AT, SYSTEM_TOKENS, Call, Context, Model, tools
-from grafana.writers import Instance, Log, Session, Truth, Usage, UsageLog, figures
+from coding_agent_exporter.demo.work import COMPACT_AT, SYSTEM_TOKENS, Call, Context, Model, tools
+from coding_agent_exporter.demo.writers import Instance, Log, Session, Truth, Usage, UsageLog, figures
 
 if TYPE_CHECKING:
     import random
     from collections.abc import Callable, Generator, Iterator
     from pathlib import Path
 
-    from grafana.work import Tokens, Tool
+    from coding_agent_exporter.demo.work import Tokens, Tool
 
     Steps = Generator[int, None, int]
     """Yields when to be resumed, returns when it is done."""

@@ -18,7 +18,7 @@ if TYPE_CHECKING:
     from collections.abc import Iterable
     from pathlib import Path
 
-    from grafana.work import Call, Context, Model, Tokens, Tool
+    from coding_agent_exporter.demo.work import Call, Context, Model, Tokens, Tool
 
 PICO = 10**12
 TOKEN_TYPES = ("input", "output", "cache_read", "cache_creation")
