@@ -1,4 +1,5 @@
 # make run    the exporter, from this checkout:  make run ARGS="--web.listen-address=:9000"
+# make demo   made-up agents with the exporter beside them:  make demo ARGS="--for 60s"
 # make test   the tests; ARGS goes to pytest:    make test ARGS="tests/test_config.py -k env"
 # make lint   ruff, mypy, import-linter, and whether the generated docs and dashboards are up to date
 # make bench  the benchmarks; ARGS="--full" adds one of 5,000,000 events
@@ -24,11 +25,14 @@ MIN_PYTHON := 3.11
 markdown_of = $(PY) -c 'from coding_agent_exporter import $(1) as m; print(m.markdown(), end="")'
 outdated = { echo 'the generated docs are out of date: make docs' >&2; exit 1; }
 
-.PHONY: run test lint bench docs pictures image clean
+.PHONY: run demo test lint bench docs pictures image clean
 .DELETE_ON_ERROR:
 
 run: $(VENV)/.package
 	@exec $(VENV)/bin/coding-agent-exporter $(ARGS)
+
+demo: $(VENV)/.package
+	@exec $(VENV)/bin/coding-agent-exporter demo $(ARGS)
 
 test: $(VENV)/.package $(VENV)/.dev
 	$(PY) -m pytest $(ARGS)

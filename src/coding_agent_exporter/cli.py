@@ -20,12 +20,13 @@ from importlib import metadata
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn
 
-from coding_agent_exporter import check, config, logs, webconfig
+from coding_agent_exporter import check, config, logs, values, webconfig
+from coding_agent_exporter.demo import OWN_SETTINGS
 from coding_agent_exporter.options import GROUPS, OPTIONS
 from coding_agent_exporter.values import SWITCH, WORD
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
+    from collections.abc import Collection, Mapping, Sequence
 
     from coding_agent_exporter.config import Settings
 
@@ -61,13 +62,16 @@ examples:
 """
 
 
-Load = Callable[[], "Settings"]
-"""Reads the settings; raises ConfigError."""
+Load = Callable[..., "Settings"]
+"""Reads the settings, with other variables and another home directory where it is given them; raises ConfigError."""
 
 
 @dataclass(frozen=True, slots=True)
 class Command:
-    """`run` returns the exit code. It loads the settings itself: `version` answers where one is wrong."""
+    """`run` returns the exit code. It loads the settings itself: `version` answers where one is wrong.
+
+    `without`: settings that it does not take.
+    """
 
     name: str
     help: str
@@ -75,6 +79,7 @@ class Command:
     add_arguments: Callable[[argparse.ArgumentParser], None] | None = None
     takes_settings: bool = True
     usage: str = "[flags]"
+    without: frozenset[str] = frozenset()
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -96,7 +101,11 @@ def _run(argv: Sequence[str]) -> int:
     _reject_unknown(argv, known)
     arguments = parser.parse_args(argv)
     run: Callable[[argparse.Namespace, Load], int] = arguments.run
-    return run(arguments, lambda: config.load(noted, os.environ, home=_home(), cwd=Path.cwd()))
+
+    def load(environ: Mapping[str, str] = os.environ, home: Path | None = None) -> Settings:
+        return config.load(noted, environ, home=home or _home(), cwd=Path.cwd())
+
+    return run(arguments, load)
 
 
 def _home() -> Path:
@@ -274,6 +283,39 @@ def _add_wrap_arguments(parser: argparse.ArgumentParser) -> None:
                         help="what to run, with its arguments")
 
 
+def _demo(arguments: argparse.Namespace, load: Load) -> int:
+    from coding_agent_exporter.demo import show  # noqa: PLC0415 (as in _serve)
+
+    return show.run(show.Options(arguments.seed, arguments.speed, arguments.seconds, arguments.quiet), load)
+
+
+def _add_demo_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--seed", type=int, default=1, metavar="N",
+                        help="what the agents do follows from it (default: 1)")
+    parser.add_argument("--speed", type=_speed, default=1.0, metavar="N",
+                        help="agents live so many times as fast; heartbeats stay as they are (default: 1)")
+    parser.add_argument("--for", type=_duration, default=0.0, metavar="DURATION", dest="seconds",
+                        help="end by itself after so long, such as 60s (default: on Ctrl-C)")
+    parser.add_argument("--quiet", action="store_true", help="do not tell what happens to the agents")
+
+
+def _speed(text: str) -> float:
+    try:
+        number = float(text)
+    except ValueError:
+        number = math.nan
+    if not 0.1 <= number <= 100:
+        raise argparse.ArgumentTypeError(f"{text!r} is not a number from 0.1 to 100")
+    return number
+
+
+def _duration(text: str) -> float:
+    try:
+        return values.duration(text, values.Place(Path(), Path()))
+    except ValueError as error:
+        raise argparse.ArgumentTypeError(str(error)) from error
+
+
 def _version(_: argparse.Namespace, __: Load) -> int:
     _emit(f"{PROG} {version()} (Python {platform.python_version()})\n")
     return OK
@@ -301,6 +343,8 @@ COMMANDS = (
             _add_shipped_arguments, takes_settings=False, usage="[name ...] [flags]"),
     Command("wrap", "run an agent in RPC mode (pi --mode rpc) with telemetry; its input and output pass untouched",
             _wrap, _add_wrap_arguments, takes_settings=False, usage="[flags] -- command ..."),
+    Command("demo", "show made-up agents with an exporter beside them, until Ctrl-C", _demo, _add_demo_arguments,
+            without=OWN_SETTINGS),
     Command("version", "print the version", _version, takes_settings=False),
 )
 
@@ -348,21 +392,21 @@ def _parser() -> tuple[_Parser, set[str], list[str]]:
     for command in COMMANDS:
         sub = commands.add_parser(command.name, usage=f"{PROG} {command.name} {command.usage}", help=command.help,
                                   description=f"{command.help[0].upper()}{command.help[1:]}.",
-                                  epilog=_EPILOG if command.takes_settings else None)
+                                  epilog=_EPILOG if command.takes_settings and not command.without else None)
         sub.set_defaults(run=command.run)
         if command.add_arguments is not None:
             command.add_arguments(sub)
         if command.takes_settings:
-            _add_settings(sub, noted)
+            _add_settings(sub, noted, command.without)
         known |= sub.flags
     _add_settings(parser, noted)
     return parser, known | parser.flags, noted
 
 
-def _add_settings(parser: argparse.ArgumentParser, noted: list[str]) -> None:
+def _add_settings(parser: argparse.ArgumentParser, noted: list[str], without: Collection[str] = ()) -> None:
     for group, title in GROUPS.items():
         section = parser.add_argument_group(title)
-        for option in (option for option in OPTIONS if option.group == group):
+        for option in (option for option in OPTIONS if option.group == group and option.name not in without):
             default = option.shown or option.default or "none"
             choices = f" One of {', '.join(option.choices)}." if option.type is WORD else ""
             several = "; repeatable" if option.repeatable else ""

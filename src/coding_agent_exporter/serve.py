@@ -8,6 +8,7 @@ import os
 import signal
 import threading
 import time
+from contextlib import nullcontext
 from typing import TYPE_CHECKING
 
 from coding_agent_exporter.config import ConfigError
@@ -22,11 +23,15 @@ from coding_agent_exporter.web import Server
 from coding_agent_exporter.webapp import App
 
 if TYPE_CHECKING:
+    from collections.abc import Callable, Sequence
+    from contextlib import AbstractContextManager
     from types import FrameType
 
     from coding_agent_exporter.config import Settings
     from coding_agent_exporter.export import Exporter
     from coding_agent_exporter.export.metrics import MetricsExporter
+
+    Beside = Callable[[Sequence[tuple[str, int]], Callable[[], None]], AbstractContextManager[None]]
 
 log = logging.getLogger(__name__)
 
@@ -37,8 +42,16 @@ MAX_INTERVAL = 10.0
 """Seconds after which a step is made without a cause: staleness, and what no notification told of."""
 
 
-def serve(settings: Settings) -> int:
-    """Run until SIGTERM or SIGINT. Returns the exit code; raises OSError when it cannot start."""
+def _nothing(_: Sequence[tuple[str, int]], __: Callable[[], None]) -> AbstractContextManager[None]:
+    return nullcontext()
+
+
+def serve(settings: Settings, *, beside: Beside = _nothing) -> int:
+    """Run until SIGTERM or SIGINT. Returns the exit code; raises OSError when it cannot start.
+
+    `beside` is entered once the server listens, with the addresses it is bound to and what asks it to stop; and left
+    when it was asked, while metrics are still served: what is written until then is still counted.
+    """
     relax_gc()
     stop, hurry = threading.Event(), threading.Event()
     exporter: Exporter | None = None
@@ -59,11 +72,14 @@ def serve(settings: Settings) -> int:
                 max_connections=settings.web_max_connections,
             )
 
+            def end() -> None:
+                stop.set()
+                waker.wake()
+
             def ask_to_stop(_: int, __: FrameType | None) -> None:
                 if stop.is_set():
                     hurry.set()
-                stop.set()
-                waker.wake()
+                end()
 
             before = {number: signal.signal(number, ask_to_stop) for number in (signal.SIGTERM, signal.SIGINT)}
             app.exporter = exporter
@@ -76,9 +92,10 @@ def serve(settings: Settings) -> int:
                 log.info("listening", extra=fields(
                     version=pipeline.version, address=" ".join(_address(*address) for address in server.addresses),
                     path=settings.web_telemetry_path, state=settings.state_path))
-                _loop(pipeline, waker, stop)
-                log.info("stopping", extra=fields(linger=settings.shutdown_linger))
-                pipeline.stop()
+                with beside(server.addresses, end):
+                    _loop(pipeline, waker, stop)
+                    log.info("stopping", extra=fields(linger=settings.shutdown_linger))
+                    pipeline.stop()
                 _linger(pipeline, settings.shutdown_linger, hurry)
             finally:
                 deadline = time.monotonic() + settings.otlp_flush_timeout

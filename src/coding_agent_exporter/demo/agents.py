@@ -38,7 +38,8 @@ class Role:
     `models`: what it uses, the first one mostly. `turns`: model calls of a prompt, at most. `think`: minutes between
     prompts, about. `logged`: whether mngr writes down what it spends beside its session file. `crash`: the day on
     which its process is killed. `fork`: the day on which a session is forked. `only`: the one day on which it runs.
-    `hours`: when its day begins and ends, by UTC; `weekends`: whether it works then too.
+    `hours`: when its day begins and ends, by UTC; `weekends`: whether it works then too. `pace`: how many times as fast
+    as usual its models, its tools and its user are.
     """
 
     kind: str
@@ -53,6 +54,7 @@ class Role:
     only: int = -1
     hours: tuple[float, float] = (8.8, 17.6)
     weekends: bool = False
+    pace: float = 1.0
 
 
 class Day(NamedTuple):
@@ -76,11 +78,14 @@ class Host:
     seen: Callable[[float], None] | None = None
     always: bool = False
     """Whether agents work round the clock."""
+    tell: Callable[[int, str, str], None] | None = None
+    """Told of what befalls agents: when, whom, what."""
+    first_pid: int = 4000
     _pids: int = 0
 
     def pid(self) -> int:
         self._pids += 1
-        return 4000 + 37 * self._pids
+        return self.first_pid + 37 * self._pids
 
     def add(self, file: File) -> File:
         """A file that is written from now on."""
@@ -108,7 +113,7 @@ class Agent:
 
     def __init__(self, host: Host, role: Role, chance: random.Random) -> None:
         self.host, self.role, self.chance = host, role, chance
-        self.context = Context(role.models[0])
+        self.context = Context(role.models[0], role.pace)
 
     def run(self, start: int) -> Iterator[int]:
         """All that the agent ever does."""
@@ -140,7 +145,7 @@ class Agent:
                     forked = True
                     self.fork(at)
                 at = done = yield from self.prompt(at)
-                at += int(self.chance.expovariate(1 / (self.role.think * MINUTE))) + 2_000
+                at += self.thinks() + 2_000
                 if day.lunch <= at < day.back:
                     at = day.back + self.between(0, 5 * MINUTE)
             done = max(done + 1_000, day.end)
@@ -180,6 +185,9 @@ class Agent:
 
     def calls(self) -> int:
         return 1 + self.between(0, self.role.turns)
+
+    def thinks(self) -> int:
+        return int(self.chance.expovariate(1 / (self.role.think * MINUTE)) / self.role.pace)
 
     # -- what differs from kind to kind
 
@@ -262,7 +270,7 @@ class Pi(Agent):
                 left += 1
                 continue
             call = context.call(chance, at)
-            asked = tools(chance) if left else []
+            asked = tools(chance, self.role.pace) if left else []
             stop = "toolUse" if asked else "length" if chance.random() < 0.02 else "stop"
             if chance.random() < 0.008:
                 stop, asked, left = "aborted", [], 0
@@ -298,7 +306,7 @@ class Pi(Agent):
         return self.host.home / (".omp" if self.omp else ".pi") / "agent" / "sessions"
 
     def _open_session(self, at: int) -> None:
-        self.context = Context(self.choose())
+        self.context = Context(self.choose(), self.role.pace)
         self.session = self.host.add(Session(self._sessions, at, self.chance, cwd=self._cwd, omp=self.omp))
 
     def _open_instance(self, at: int) -> None:

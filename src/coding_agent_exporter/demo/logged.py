@@ -36,7 +36,7 @@ class Logged(Agent):
             self.new_session(at)
 
     def new_session(self, at: int) -> None:
-        self.context = Context(self.choose())
+        self.context = Context(self.choose(), self.role.pace)
         self.session = identifier(self.chance, at)
 
     def prompt(self, at: int) -> Steps:
@@ -47,7 +47,7 @@ class Logged(Agent):
             call = self.context.call(self.chance, at)
             yield (at := at + call.duration)
             self.ended(at, call)
-            asked = tools(self.chance) if left else []
+            asked = tools(self.chance, self.role.pace) if left else []
             for tool in asked:
                 self.context.add(tool.tokens)
             yield (at := at + 50 + max((tool.duration for tool in asked), default=0))

@@ -20,7 +20,7 @@ from coding_agent_exporter.demo.logged import Claude, Codex, OpenCode
 from coding_agent_exporter.demo.work import CODEX, FLASH, GPT, HAIKU, OPUS, PREVIEW, QWEN, SONNET
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterator, Sequence
+    from collections.abc import Callable, Iterator, Mapping, Sequence
     from pathlib import Path
 
     from coding_agent_exporter.demo.agents import Agent
@@ -60,19 +60,20 @@ POD = (Role("job", "job", (SONNET,), turns=60),)
 class Fleet:
     """The agents of one home directory. `start` is epoch seconds: nothing happens before.
 
-    `always`: agents work round the clock, from the start on, rather than in their hours.
+    `always`: agents work round the clock, from the start on, rather than in their hours. `kinds`: what a role's kind
+    stands for.
     """
 
     def __init__(
         self, directory: Path, seed: int = 1, *, start: float, cast: Sequence[Role] = (*DESK, *BENCH),
-        host: str = "laptop", always: bool = False,
+        host: str = "laptop", always: bool = False, kinds: Mapping[str, type[Agent]] = KINDS,
     ) -> None:
         self._host = Host(directory, host, always=always)
         begin = round(start * 1000)
         self._due: list[tuple[int, int, Iterator[int]]] = []
         for number, role in enumerate(cast):
             chance = random.Random(f"{seed}/{host}/{role.name}")  # noqa: S311  the same every time, not a secret
-            self._resume(begin, number, KINDS[role.kind](self._host, role, chance).run(begin))
+            self._resume(begin, number, kinds[role.kind](self._host, role, chance).run(begin))
 
     @property
     def truth(self) -> Truth:

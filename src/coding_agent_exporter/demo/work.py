@@ -74,9 +74,13 @@ class Tool(NamedTuple):
 
 @dataclass
 class Context:
-    """The context of one session. `tokens` is None after a compaction, until the next call tells."""
+    """The context of one session. `tokens` is None after a compaction, until the next call tells.
+
+    `pace`: how many times as fast as usual the model is.
+    """
 
     model: Model
+    pace: float = 1.0
     tokens: int | None = SYSTEM_TOKENS
     _size: int = SYSTEM_TOKENS
     _fresh: int = 0
@@ -102,8 +106,8 @@ class Context:
             tokens = (new, output, read, total - read - new)
         else:
             tokens = (total - read, output, read, 0)
-        first = int(1000 * chance.lognormvariate(math.log(0.9), 0.45) + (total - read) / 40)
-        duration = first + int(1000 * output / self.model.speed)
+        first = int((1000 * chance.lognormvariate(math.log(0.9), 0.45) + (total - read) / 40) / self.pace)
+        duration = first + int(1000 * output / self.model.speed / self.pace)
         self._cached, self._size, self._fresh = total, total + output, 0
         self._last, self.tokens = now + duration, total + output
         return Call(tokens, sum(map(int.__mul__, tokens, price)), duration, first)
@@ -130,12 +134,12 @@ _TOOLS = (  # name, share, median seconds, spread, share that fails, median toke
 _SHARES = [share for _, share, *_ in _TOOLS]
 
 
-def tools(chance: random.Random) -> list[Tool]:
-    """The tools that one turn asks for."""
+def tools(chance: random.Random, pace: float = 1.0) -> list[Tool]:
+    """The tools that one turn asks for, so many times as fast as usual."""
     asked = []
     count = chance.choice((1, 1, 1, 1, 2, 3))
     for name, _, seconds, spread, failing, tokens in chance.choices(_TOOLS, _SHARES, k=count):
-        ran = min(280_000, int(1000 * chance.lognormvariate(math.log(seconds), spread)) + 4)
+        ran = min(280_000, int(1000 * chance.lognormvariate(math.log(seconds), spread) / pace) + 4)
         size = min(9000, int(chance.lognormvariate(math.log(tokens), 0.8)))
         asked.append(Tool(name, ran, chance.random() < failing, size))
     return asked
