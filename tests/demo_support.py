@@ -10,7 +10,6 @@ import threading
 from pathlib import Path
 from typing import IO, TYPE_CHECKING, Self
 
-from coding_agent_exporter.demo import scratch
 from process_support import DEADLINE, environment, get, wait_for
 from support import parse
 
@@ -74,8 +73,9 @@ class Demo:
 
     @property
     def directory(self) -> Path:
-        (found,) = self.temporary.glob(f"{scratch.PREFIX}*")
-        return found
+        found = re.search(r" --config\.file=(\S+)/demo\.toml$", self.text, re.MULTILINE)
+        assert found is not None
+        return Path(found[1])
 
     def scrape(self) -> Samples:
         return parse(get(self.port).text)

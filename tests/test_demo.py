@@ -234,7 +234,9 @@ def test_what_a_killed_one_left_the_next_removes(tmp_path: Path) -> None:
     stranger.mkdir()
     with Demo(tmp_path).begun() as alive, Demo(tmp_path).begun() as second:
         assert not left.exists()
-        assert len(list(alive.temporary.iterdir())) == 3
+        assert all((demo.directory / scratch.LOCK).is_file() for demo in (alive, second))
+        assert {path.name for path in alive.temporary.iterdir()} == {
+            path.name for path in (stranger, alive.directory, second.directory)}
         assert (alive.end(), second.end()) == (0, 0)
     assert list(killed.temporary.iterdir()) == [stranger]
 
