@@ -20,10 +20,10 @@ from importlib import metadata
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn
 
-from coding_agent_exporter import check, config, logs, values, webconfig
+from coding_agent_exporter import check, config, logs, webconfig
 from coding_agent_exporter.demo import OWN_SETTINGS
 from coding_agent_exporter.options import GROUPS, OPTIONS
-from coding_agent_exporter.values import SWITCH, WORD
+from coding_agent_exporter.values import SWITCH, WORD, Place, duration
 
 if TYPE_CHECKING:
     from collections.abc import Collection, Mapping, Sequence
@@ -311,9 +311,40 @@ def _speed(text: str) -> float:
 
 def _duration(text: str) -> float:
     try:
-        return values.duration(text, values.Place(Path(), Path()))
+        return duration(text, Place(Path(), Path()))
     except ValueError as error:
         raise argparse.ArgumentTypeError(str(error)) from error
+
+
+def _top(arguments: argparse.Namespace, load: Load) -> int:
+    settings = load()
+    logs.setup("error", settings.log_format)
+    from coding_agent_exporter import top  # noqa: PLC0415 (as in _serve)
+    from coding_agent_exporter.top.view import Controls  # noqa: PLC0415
+
+    try:
+        controls = Controls(order=arguments.sort, filter=arguments.filter)
+        return top.top(settings, controls, once=arguments.once, interval=arguments.interval, emit=_emit)
+    except top.MissingExtraError as error:
+        raise config.ConfigError(str(error)) from error
+
+
+def _add_top_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--once", action="store_true",
+                        help="print one frame with all agents, and end; so it is where standard output is no terminal")
+    parser.add_argument("--interval", type=_interval, metavar="DURATION", default=1.0,
+                        help="time between frames while nothing happens (default: 1s)")
+    parser.add_argument("--sort", choices=("state", "context", "cost", "tokens", "last", "session", "pid"),
+                        default="state", help="column to sort by at first (default: state)")
+    parser.add_argument("--filter", metavar="WORDS", default="",
+                        help="show only agents whose line holds these words (default: all)")
+
+
+def _interval(text: str) -> float:
+    seconds = _duration(text)
+    if not 0.1 <= seconds <= 3600:
+        raise argparse.ArgumentTypeError(f"{text!r} is not between 100ms and 1h")
+    return seconds
 
 
 def _version(_: argparse.Namespace, __: Load) -> int:
@@ -337,6 +368,7 @@ COMMANDS = (
             _add_snapshot_arguments, takes_settings=False),
     Command("usage", "print what was spent, by model, day, session, agent or source, out of the logs themselves",
             _usage, _add_usage_arguments),
+    Command("top", "show the agents of this machine and what they spend, live on a terminal", _top, _add_top_arguments),
     Command("dashboards", "list, print or write the dashboards for Grafana", _shipped("dashboards"),
             _add_shipped_arguments, takes_settings=False, usage="[name ...] [flags]"),
     Command("rules", "list, print or write the alerting and recording rules for Prometheus", _shipped("rules"),
