@@ -11,6 +11,7 @@ import sys
 import threading
 import time
 from contextlib import suppress
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import pytest
@@ -40,8 +41,8 @@ def start(tmp_path: Path) -> Iterator[Start]:
     def begin(program: str, *flags: str, **options: Any) -> subprocess.Popen[bytes]:
         process = subprocess.Popen(
             [*EXPORTER, "wrap", *flags, "--", sys.executable, "-c", program],
-            env=environment(tmp_path), cwd=tmp_path, start_new_session=True,
-            **{"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, **options})
+            env=environment(tmp_path), start_new_session=True,
+            **{"cwd": tmp_path, "stdin": subprocess.PIPE, "stdout": subprocess.PIPE, **options})
         watchdog = threading.Timer(DEADLINE, process.kill)
         watchdog.start()
         running.append((process, watchdog))
@@ -181,6 +182,69 @@ def test_a_grandchild_with_our_output_does_not_keep_us(start: Start) -> None:
     process = start("import subprocess, sys\nsubprocess.Popen([sys.executable, '-c', 'import time; time.sleep(30)'])\n"
                     "print('done', flush=True)")
     assert process.communicate(timeout=DEADLINE)[0] == b"done\n"
+    assert process.returncode == 0
+
+
+def test_a_reader_that_is_stuck_does_not_keep_us_from_going(start: Start, tmp_path: Path) -> None:
+    """The command has ended, and what it wrote does not fit anywhere: we wait, but not against a signal."""
+    process = start("import os\nopen('pid', 'w').write(str(os.getpid()))\nos.write(1, b'x' * 150_000)")
+    pid = tmp_path / "pid"
+    wait_for(lambda: pid.exists() and pid.read_text() and not _runs(int(pid.read_text())), "its end")
+    process.send_signal(signal.SIGTERM)
+    assert process.wait(DEADLINE) == 0
+
+
+def _runs(pid: int) -> bool:
+    try:
+        os.kill(pid, 0)
+    except ProcessLookupError:
+        return False
+    return True
+
+
+def test_what_we_were_given_is_given_to_the_command(start: Start, tmp_path: Path) -> None:
+    """Open descriptors beyond the standard ones, and signals to be ignored (nohup)."""
+    with (tmp_path / "third").open("wb") as file:
+        process = start(
+            f"import os, signal\nos.kill(os.getpid(), signal.SIGHUP)\nos.write({file.fileno()}, b'alive')",
+            pass_fds=[file.fileno()], preexec_fn=lambda: signal.signal(signal.SIGHUP, signal.SIG_IGN))
+        assert process.wait(DEADLINE) == 0
+    assert (tmp_path / "third").read_bytes() == b"alive"
+
+
+def test_pipes_that_do_not_block(start: Start) -> None:
+    """Somebody who shares them has made them so: what does not fit is waited for."""
+    (our_input, source), (sink, our_output) = os.pipe(), os.pipe()
+    os.set_blocking(our_input, False)
+    os.set_blocking(our_output, False)
+    process = start("import os, sys\nos.write(1, b'x' * 300_000)\nos.write(1, sys.stdin.buffer.read())",
+                    stdin=our_input, stdout=our_output)
+    os.close(our_input)
+    os.close(our_output)
+    with os.fdopen(sink, "rb") as reader:
+        assert reader.read(300_000) == b"x" * 300_000
+        os.write(source, b"late")
+        os.close(source)
+        assert reader.read() == b"late"
+    assert process.wait(DEADLINE) == 0
+
+
+@pytest.mark.parametrize(("first", "end"), [(0, 1), (1, 2), (0, 2)])
+def test_standard_streams_that_are_closed(first: int, end: int, tmp_path: Path) -> None:
+    """Their numbers are not given to pipes and files of ours, into which the command's output would then go."""
+    program = ("import os, sys\nfrom coding_agent_exporter.wrap import _occupy\n_occupy()\n"
+               "sys.stderr.write(' '.join(map(str, os.pipe())))")
+    done = subprocess.run([sys.executable, "-c", program], stderr=subprocess.PIPE, check=True, timeout=DEADLINE,
+                          env=environment(tmp_path), preexec_fn=partial(os.closerange, first, end))
+    assert min(map(int, done.stderr.split())) > 2
+
+
+def test_a_working_directory_that_is_gone(start: Start, tmp_path: Path) -> None:
+    """The command runs in it, as it would without us."""
+    (tmp_path / "gone").mkdir()
+    process = start("import os, sys; print(sys.stdin.read())", cwd=tmp_path / "gone",
+                    preexec_fn=(tmp_path / "gone").rmdir)
+    assert process.communicate(b"x", timeout=DEADLINE)[0] == b"x\n"
     assert process.returncode == 0
 
 
