@@ -214,7 +214,7 @@ def test_pis_own_extension_goes_first(tmp_path: Path, wrapped: Make) -> None:
     path.parent.mkdir()
 
     def write(started: float) -> bytes:
-        text = json.dumps({"process": {"startedAt": started, "pid": PIDS["c"]}})
+        text = json.dumps({"process": {"startedAt": started, "updatedAt": started, "pid": PIDS["c"]}})
         path.with_suffix(".other").write_text(text)
         path.with_suffix(".other").rename(path)
         return text.encode()

@@ -10,6 +10,8 @@ import json
 import os
 import platform
 import socket
+import threading
+import time
 import uuid
 from contextlib import suppress
 from dataclasses import dataclass
@@ -41,7 +43,7 @@ class Places:
     def of(cls, environ: Mapping[str, str], *, telemetry_dir: str | os.PathLike[str] | None = None,
            agent_dir: str | os.PathLike[str] | None = None, heartbeat_ms: float | None = None) -> Places:
         """What is given, else what the variables of pi-telemetry and mngr say, else where an exporter looks."""
-        home = Path(environ.get("HOME") or "~").expanduser()
+        home = home_of(environ)
         telemetry = telemetry_dir or environ.get("PI_TELEMETRY_DIR", "").strip()
         host = environ.get("MNGR_HOST_DIR") or home / ".mngr"
         agent = agent_dir or environ.get("MNGR_AGENT_STATE_DIR") or Path(host, "agents", AGENT)
@@ -63,15 +65,17 @@ class InstanceFile:
         self._places, self._pid, self._started, self._cwd = places, pid, started_ms, cwd
         self._host = socket.gethostname()
         self._sequence = 0
-        self._inode = 0
+        self._last: dict[str, Any] = {}
 
     def write(self, agent: Agent, now_ms: int) -> None:
         """Write the state. Raises OSError; what was there before then stays."""
         if self._is_foreign():
             return
         self._sequence += 1
-        data = json.dumps(self._document(agent, now_ms), separators=(",", ":")).encode()
-        beside = self.path.with_name(f"{self.path.name}.tmp-{self._pid}-{os.getpid()}")
+        document = self._document(agent, now_ms)
+        data = json.dumps(document, separators=(",", ":")).encode()
+        # Agents whose pid is not known share the driver's: each is written by a thread of its own.
+        beside = self.path.with_name(f"{self.path.name}.tmp-{os.getpid()}-{threading.get_native_id()}")
         flags = os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC
         try:
             try:
@@ -85,30 +89,38 @@ class InstanceFile:
                 descriptor = os.open(beside, flags, 0o644)
             with os.fdopen(descriptor, "wb") as file:
                 file.write(data)
-                inode = os.fstat(file.fileno()).st_ino
             beside.replace(self.path)
         except OSError:
             with suppress(OSError):
                 beside.unlink()
             raise
-        self._inode = inode
+        self._last = document["process"]
 
     def remove(self) -> None:
         """Take the file away, if it is the one written here."""
         with suppress(FileNotFoundError):
-            if self._inode and self.path.lstat().st_ino == self._inode:
+            if self._last and self._written() == self._last:
                 self.path.unlink()
 
     def _is_foreign(self) -> bool:
         """Whether somebody else in the same process writes this file: pi-telemetry, loaded by pi."""
         try:
-            if self.path.lstat().st_ino == self._inode:
-                return False
-            process = json.loads(self.path.read_bytes())["process"]
-            # A process that had the pid before this one started before it.
-            return bool(process["startedAt"] >= self._started)
-        except (OSError, ValueError, TypeError, KeyError, RecursionError):
+            process = self._written()
+            # A process that had the pid before this one does not write any more. When a writer started says nothing:
+            # pi may have loaded its extension before the driver's `start` was over.
+            return process != self._last and bool(process["updatedAt"] >= self._started)
+        except (OSError, TypeError, KeyError):
             return False
+
+    def _written(self) -> Any:
+        """The part of the file that differs between any two that were written. Raises OSError.
+
+        Not the inode: its number is used again for the file that takes the place of the one before.
+        """
+        try:
+            return json.loads(self.path.read_bytes())["process"]
+        except (ValueError, TypeError, KeyError, RecursionError):
+            return None
 
     def _document(self, agent: Agent, now_ms: int) -> dict[str, Any]:
         model = {"provider": agent.provider, "id": agent.model, "name": agent.model_name or agent.model,
@@ -160,25 +172,43 @@ class UsageLog:
 
     def __init__(self, agent: Path) -> None:
         self.path = agent / "events" / SOURCE / "usage" / "events.jsonl"
-        self._torn = False
 
     def append(self, line: bytes) -> None:
         """Append a line, without its end. Raises OSError: the line is then not there, or torn and to be repeated."""
         # Opened each time: the log can be rotated or moved away in between.
-        flags = os.O_WRONLY | os.O_APPEND | os.O_CREAT | os.O_CLOEXEC
+        flags = os.O_RDWR | os.O_APPEND | os.O_CREAT | os.O_CLOEXEC
         try:
             descriptor = os.open(self.path, flags, 0o644)
         except FileNotFoundError:
             self.path.parent.mkdir(parents=True, exist_ok=True)
             descriptor = os.open(self.path, flags, 0o644)
         try:
-            data = (b"\n" if self._torn else b"") + line + b"\n"
-            written = os.write(descriptor, data)
-            self._torn = self._torn if not written else written < len(data)
-            if written < len(data):
+            data = (b"\n" if _is_torn(descriptor) else b"") + line + b"\n"
+            if os.write(descriptor, data) < len(data):
                 raise OSError(28, "no space left for a whole line", str(self.path))
         finally:
             os.close(descriptor)
+
+
+def _is_torn(descriptor: int) -> bool:
+    """Whether a file ends in half a line, ours or another writer's, as a disk that was full leaves it."""
+    size = -1
+    while True:
+        before, size = size, os.fstat(descriptor).st_size
+        if size == 0 or os.pread(descriptor, 1, size - 1) == b"\n":
+            return False
+        if size == before:
+            return True
+        # Or another writer is in the middle of a line just now.
+        time.sleep(0.01)
+
+
+def home_of(environ: Mapping[str, str]) -> Path:
+    """The home directory; `/` where a user has none, as in containers with a user id of their own."""
+    try:
+        return Path(environ.get("HOME") or "~").expanduser()
+    except RuntimeError:
+        return Path("/")
 
 
 def usage_line(usage: Usage, session: str) -> bytes:

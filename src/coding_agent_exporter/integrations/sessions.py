@@ -11,6 +11,8 @@ from contextlib import suppress
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from coding_agent_exporter.integrations.files import home_of
+
 if TYPE_CHECKING:
     from collections.abc import Iterator, Mapping, Sequence
 
@@ -28,12 +30,12 @@ class SessionFiles:
     def __init__(self, command: Sequence[str], environ: Mapping[str, str], cwd: str) -> None:
         self._cwd = cwd
         self.kept = "--no-session" not in command
-        home = Path(environ.get("HOME") or "~").expanduser()
+        home = home_of(environ)
         own = _option(command, "--session-dir") or environ.get("PI_CODING_AGENT_SESSION_DIR", "")
         agent = environ.get("PI_CODING_AGENT_DIR", "")
         path = _option(command, "--session")
         self._directories = [
-            Path(cwd, place).expanduser() for place in (
+            Path(cwd, f"{home}{place[1:]}" if place.startswith("~/") else place) for place in (
                 str(Path(path).parent) if path.endswith(".jsonl") else "", own, agent and f"{agent}/sessions",
                 f"{home}/.pi/agent/sessions", f"{home}/.omp/agent/sessions",
             ) if place
