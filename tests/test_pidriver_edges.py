@@ -102,3 +102,90 @@ def test_directories_below_a_tilde(tmp_path: Path) -> None:
     (tmp_path / "pi/sessions").mkdir(parents=True)
     files = SessionFiles(["pi"], {"HOME": str(tmp_path), "PI_CODING_AGENT_DIR": "~/pi"}, "/srv")
     assert tmp_path / "pi/sessions" in files._directories
+
+
+async def received(transport: Any, count: int) -> list[Any]:
+    await transport.start()
+    async with asyncio.timeout(DEADLINE):
+        got = [await transport.receive() for _ in range(count)]
+    await transport.aclose()
+    transport._recorder.join()
+    return got
+
+
+@pytest.mark.parametrize("kind", [str, str.encode])
+def test_an_answer_that_comes_as_a_line(kind: Callable[[str], Any], wrapped: Wrap) -> None:
+    """It is kept from the driver too."""
+    answer = {"id": QUESTION, "type": "response", "command": "get_state", "success": True, "data": {}}
+    lines = [kind(json.dumps(frame)) for frame in (answer, {"type": "agent_start", "name": QUESTION})]
+    inner = Replay("c", lines, answers=False)
+    assert asyncio.run(received(wrapped(inner), 1)) == lines[1:]
+
+
+@pytest.mark.parametrize("identity", [7, 7.0, [], "x"])
+def test_a_refusal_with_an_id_is_the_drivers(identity: Any, wrapped: Wrap) -> None:
+    """Only that without any can be the answer to our question."""
+    frame = {"id": identity, "type": "response", "command": "get_state", "success": False, "error": "x"}
+    assert asyncio.run(received(wrapped(Replay("c", [frame], answers=False)), 1)) == [frame]
+
+
+def test_an_agent_that_had_to_be_killed_is_not_lost(tmp_path: Path, wrapped: Wrap) -> None:
+    """The driver closed it, and its reader saw the end before `aclose` was over."""
+    class Stubborn(Replay):
+        reader: asyncio.Task[Any]
+
+        async def aclose(self) -> None:
+            self.died(-9)
+            await self.reader
+
+    async def run() -> None:
+        transport = wrapped(inner)
+        await transport.start()
+        await asyncio.to_thread(wait_for, (tmp_path / f"{PIDS['c']}.json").exists, "the file")
+        inner.reader = asyncio.create_task(transport.receive())
+        await asyncio.sleep(0)
+        await transport.aclose()
+        transport._recorder.join()
+
+    inner = Stubborn("c", [])
+    asyncio.run(run())
+    assert not (tmp_path / f"{PIDS['c']}.json").exists()
+
+
+def test_arguments_results_and_attributes_pass(wrapped: Wrap) -> None:
+    """Of transports that take and give more than they must; what is set is set on the transport."""
+    class More(Replay):
+        async def start(self, *given: Any, **named: Any) -> Any:
+            return given, named
+
+        async def receive(self, *given: Any, **named: Any) -> Any:
+            return {"type": "x", "given": [given, named]}
+
+        async def send(self, obj: Any, *given: Any, **named: Any) -> Any:
+            return obj, given, named
+
+    async def run() -> None:
+        inner = More("c", [])
+        transport = wrapped(inner)
+        assert await transport.start(1, a=2) == ((1,), {"a": 2})
+        assert await transport.send({}, 1, a=2) == ({}, (1,), {"a": 2})
+        assert (await transport.receive(1, a=2))["given"] == [(1,), {"a": 2}]
+        transport.extra = "set"
+        assert inner.extra == "set"
+        assert copy.copy(transport).extra == "set"
+        await transport.aclose()
+
+    asyncio.run(run())
+
+
+def test_methods_that_give_something_to_await(wrapped: Wrap) -> None:
+    """They need not be coroutine functions: what closes the transport tells that it is of asyncio."""
+    class Plain:
+        def __init__(self) -> None:
+            inner = Replay("c")
+            self.pid, self.returncode = inner.pid, None
+            self.start, self.send, self.receive, self.aclose = (
+                (lambda *given, call=call: call(*given)) for call in (
+                    inner.start, inner.send, inner.receive, inner.aclose))
+
+    assert asyncio.run(received(wrapped(Plain()), 3)) == recorded("c")[:3]

@@ -10,6 +10,7 @@ from __future__ import annotations
 import asyncio
 import inspect
 import itertools
+import json
 import logging
 import os
 import threading
@@ -79,8 +80,7 @@ def observed(
             recorder = Recorder(Places.of(
                 os.environ, telemetry_dir=telemetry_dir, agent_dir=agent_dir, heartbeat_ms=heartbeat_ms))
             config = args[0] if args else next(iter(kwargs.values()), None)
-            asyncs = inspect.iscoroutinefunction(transport.send)  # type: ignore[attr-defined] # AttributeError: below
-            kind = _Observed if asyncs else _SyncObserved
+            kind = _Observed if _is_of_asyncio(transport) else _SyncObserved
             return cast("_T", kind(cast("Any", transport), recorder, config, ask=ask))
         except Exception as error:  # noqa: BLE001 (without telemetry, but with an agent)
             log.warning("an agent runs without telemetry: %s", error)
@@ -89,8 +89,17 @@ def observed(
     return make
 
 
+def _is_of_asyncio(transport: object) -> bool:
+    """By any method that is a coroutine, else by what closes it: a plain function may give something to await."""
+    methods = (getattr(transport, name, None) for name in ("start", "send", "receive", "aclose"))
+    return any(map(inspect.iscoroutinefunction, methods)) or not hasattr(transport, "close")
+
+
 class _Base(Generic[_T]):
-    """What both kinds share. Attributes that are not known here are the transport's."""
+    """What both kinds share. Attributes that are not known here are the transport's, to read and to set."""
+
+    _OWN = frozenset({"_inner", "_recorder", "_config", "_ask", "_numbers", "_asked", "_ended", "_lock",
+                      "_question_task"})
 
     def __init__(self, inner: Any, recorder: Recorder, config: object, *, ask: bool) -> None:
         self._inner, self._recorder, self._config, self._ask = inner, recorder, config, ask
@@ -101,7 +110,15 @@ class _Base(Generic[_T]):
         weakref.finalize(self, recorder.close)
 
     def __getattr__(self, name: str) -> Any:
+        if name in self._OWN:
+            raise AttributeError(name)  # not initialized: `copy` looks before it fills
         return getattr(self._inner, name)
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        if name in self._OWN:
+            object.__setattr__(self, name, value)
+        else:
+            setattr(self._inner, name, value)
 
     @property
     def pid(self) -> int | None:
@@ -127,22 +144,27 @@ class _Base(Generic[_T]):
 
     def _seen(self, frame: object) -> tuple[bool, bool]:
         """Note a frame that came: is it the driver's, and has the session changed?"""
+        self._ended = frame is None
         if frame is None:
-            self._ended = True
             return True, False
         self._recorder.frame(frame)
-        if not isinstance(frame, Mapping) or frame.get("type") != "response":
+        response = _as_object(frame) if self._asked else frame
+        if not isinstance(response, Mapping) or response.get("type") != "response":
             return True, False
-        command, name = frame.get("command"), frame.get("id")
-        if self._asked and (name in self._asked if isinstance(name, str) else _is_refusal(frame)):
+        command, name = response.get("command"), response.get("id")
+        if self._asked and (name in self._asked if isinstance(name, str) else _is_refusal(response)):
             self._asked.discard(name if isinstance(name, str) else next(iter(self._asked)))
             return False, False
         return True, command in SWITCHES
 
-    def _end(self, before: int | None) -> None:
-        """`before`: the exit code that was known before the transport was closed: then nobody asked it to go."""
-        code = before
-        if before is None and self._ended and (code := self.returncode) == -15:
+    def _state(self) -> tuple[int | None, bool]:
+        """The exit code as far as it is known, and whether the output has ended."""
+        return self.returncode, self._ended
+
+    def _end(self, before: tuple[int | None, bool]) -> None:
+        """`before`: the state before the transport was closed. What ended only then was asked to go."""
+        code, ended = before
+        if code is None and ended and (code := self.returncode) == -15:
             code = None  # it had closed its output, and was then told to go
         self._recorder.close(code)
 
@@ -155,20 +177,22 @@ class _Observed(_Base[_T]):
         self._lock = asyncio.Lock()
         self._question_task: asyncio.Task[None] | None = None
 
-    async def start(self) -> None:
-        await self._inner.start()
+    async def start(self, *args: Any, **kwargs: Any) -> Any:
+        result = await self._inner.start(*args, **kwargs)
         self._begin()
         self._inquire()
+        return result
 
-    async def send(self, obj: Any) -> None:
+    async def send(self, obj: Any, *args: Any, **kwargs: Any) -> Any:
         async with self._lock:
-            await self._inner.send(obj)
+            result = await self._inner.send(obj, *args, **kwargs)
         self._recorder.frame(obj, sent=True)
+        return result
 
-    async def receive(self) -> Any:
+    async def receive(self, *args: Any, **kwargs: Any) -> Any:
         while True:
             try:
-                frame = await self._inner.receive()
+                frame = await self._inner.receive(*args, **kwargs)
             except Exception:
                 self._ended = True
                 raise
@@ -185,12 +209,12 @@ class _Observed(_Base[_T]):
         while (frame := await self.receive()) is not None:
             yield frame
 
-    async def aclose(self) -> None:
-        before = self.returncode
+    async def aclose(self, *args: Any, **kwargs: Any) -> Any:
+        before = self._state()
         if self._question_task is not None:
             self._question_task.cancel()
         try:
-            await self._inner.aclose()
+            return await self._inner.aclose(*args, **kwargs)
         finally:
             self._end(before)
 
@@ -216,20 +240,22 @@ class _SyncObserved(_Base[_T]):
         super().__init__(inner, recorder, config, ask=ask)
         self._lock = threading.Lock()
 
-    def start(self) -> None:
-        self._inner.start()
+    def start(self, *args: Any, **kwargs: Any) -> Any:
+        result = self._inner.start(*args, **kwargs)
         self._begin()
         self._inquire()
+        return result
 
-    def send(self, obj: Any) -> None:
+    def send(self, obj: Any, *args: Any, **kwargs: Any) -> Any:
         with self._lock:
-            self._inner.send(obj)
+            result = self._inner.send(obj, *args, **kwargs)
         self._recorder.frame(obj, sent=True)
+        return result
 
-    def receive(self) -> Any:
+    def receive(self, *args: Any, **kwargs: Any) -> Any:
         while True:
             try:
-                frame = self._inner.receive()
+                frame = self._inner.receive(*args, **kwargs)
             except Exception:
                 self._ended = True
                 raise
@@ -243,26 +269,37 @@ class _SyncObserved(_Base[_T]):
         while (frame := self.receive()) is not None:
             yield frame
 
-    def close(self) -> None:
-        before = self.returncode
+    def close(self, *args: Any, **kwargs: Any) -> Any:
+        before = self._state()
         try:
-            self._inner.close()
+            return self._inner.close(*args, **kwargs)
         finally:
             self._end(before)
 
     def _inquire(self) -> None:
         # A thread, for the reason that asyncio has a task.
         if self._ask:
-            threading.Thread(target=self._put_question, daemon=True).start()
+            with suppress(RuntimeError):  # no more threads, or the interpreter ends
+                threading.Thread(target=self._put_question, daemon=True).start()
 
     def _put_question(self) -> None:
         with suppress(Exception), self._lock:
             self._inner.send(self._question())
 
 
+def _as_object(frame: object) -> object:
+    """A frame that may be an answer to a question of ours: decoded if it came as a line."""
+    if isinstance(frame, str | bytes | bytearray) and (
+            (_ASKED_BY if isinstance(frame, str) else _ASKED_BY.encode()) in frame):  # type: ignore[operator]
+        with suppress(ValueError, RecursionError):
+            return json.loads(frame)
+    return frame
+
+
 def _is_refusal(response: Mapping[str, Any]) -> bool:
     """A pi that does not know the command says so without an id."""
-    return response.get("command") == "get_state" and response.get("success") is False
+    return (response.get("id") is None and response.get("command") == "get_state"
+            and response.get("success") is False)
 
 
 def _surroundings(config: Any) -> tuple[list[str], Mapping[str, str], str]:

@@ -211,7 +211,11 @@ class Recorder:
                 return
 
     def _beat(self) -> None:
-        code = self._exit_code()
+        try:
+            code = self._exit_code()
+        except Exception as error:  # noqa: BLE001 (the transport's; the thread must go on)
+            self._fail("exit code", error)
+            code = None
         if code is not None and self._beating:
             # A heartbeat would be a lie.
             self._end(code)
@@ -250,7 +254,7 @@ class Recorder:
             while self._unwritten:
                 self._usage.append(self._unwritten[0])
                 self._unwritten.popleft()
-        except OSError as error:
+        except Exception as error:  # noqa: BLE001 (as in _write)
             self._fail("usage log", error)
 
     def _fail(self, what: str, error: Exception) -> None:
