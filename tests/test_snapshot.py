@@ -16,7 +16,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from coding_agent_exporter.ecmascript import UNDEFINED, dumps, number
+from coding_agent_exporter.ecmascript import UNDEFINED, dumps, key, number
 from coding_agent_exporter.snapshot import Processes, snapshot
 from process_support import environment
 from support import DATA
@@ -147,6 +147,34 @@ def test_json_text_is_ecmascripts(value: object, text: str) -> None:
     assert dumps(value) == text
 
 
+def test_a_document_may_be_nested_deeper_than_the_stack(tmp_path: Path) -> None:
+    """One such file is printed like the others; before, it was the end of the command."""
+    put(tmp_path, instance(1), instance(2))
+    deep = "[" * 900 + "]" * 900
+    (tmp_path / "3.json").write_text(f'{json.dumps(instance(3))[:-1]}, "deep": {deep}, "session": {{"id": {deep}}}}}')
+    found = snapshot(str(tmp_path), now_ms=NOW, stale_ms=10_000, pid_check="off")
+    assert pids(found) == [1, 2, 3]
+    for indent in (0, 2):
+        assert dumps(found, indent).replace("\n", "").replace(" ", "").count(deep) == 5
+
+
+@pytest.mark.parametrize("at", ["1e999", '"Infinity"', "-1e999", "null", '"soon"', "{}", '"0x' + "f" * 300 + '"'])
+def test_a_heartbeat_at_no_time_is_stale(at: str, tmp_path: Path) -> None:
+    """Also one that is infinitely far ahead."""
+    (tmp_path / "1.json").write_text(f'{{"schemaVersion":2,"process":{{"pid":1,"updatedAt":{at}}}}}')
+    assert pids(snapshot(str(tmp_path), now_ms=NOW, stale_ms=10_000, pid_check="off")) == []
+
+
+@given(st.recursive(
+    st.none() | st.booleans() | st.integers(-10**9, 10**9) | st.text(),
+    lambda inner: st.lists(inner) | st.dictionaries(st.text(), inner)))
+def test_a_printed_document_is_laid_out_like_the_standard_librarys(value: Any) -> None:
+    """Line by line, where keys are no array indices and no text holds half a surrogate pair."""
+    ours = json.dumps(json.loads(dumps(value)), indent=2, ensure_ascii=False)
+    assert dumps(value, 2) == ours
+    assert json.loads(ours) == value
+
+
 @given(st.floats(allow_nan=False, allow_infinity=False))
 def test_a_printed_number_is_the_number(value: float) -> None:
     """Nothing is lost on the way."""
@@ -155,16 +183,26 @@ def test_a_printed_number_is_the_number(value: float) -> None:
 
 @pytest.mark.parametrize(("value", "wanted"), [
     (" 3e3 ", 3000), ("", 0), ("0x1F", 31), ("Infinity", float("inf")), (None, 0), (True, 1), (2.5, 2.5), (".5", 0.5),
+    ("\ufeff7\xa0", 7), (f"0x{'f' * 300}", float("inf")), ([], 0), ([["8"]], 8),
 ])
 def test_what_counts_as_a_number(value: object, wanted: float) -> None:
     """Coercion follows the standard."""
     assert number(value) == wanted
 
 
-@pytest.mark.parametrize("value", ["1_000", "ten", "0x", [], {}, UNDEFINED, "1e", "nan"])
+@pytest.mark.parametrize("value", ["1_000", "ten", "0x", [1, 2], {}, UNDEFINED, "1e", "nan", "\x857", "7\x1c"])
 def test_what_is_no_number(value: object) -> None:
     """The rest is none."""
     assert number(value) != number(value)
+
+
+@pytest.mark.parametrize(("value", "wanted"), [
+    ("a", "a"), (1.0, "1"), (1e999, "Infinity"), ([1, None, [], [[2], "b", {}]], "1,,,2,b,[object Object]"), ([], ""),
+    (None, "null"), (False, "false"), ([[-1e999]], "-Infinity"),
+])
+def test_what_a_value_is_as_a_key(value: object, wanted: str) -> None:
+    """`String(value)`, as of session ids that are no text."""
+    assert key(value) == wanted
 
 
 @pytest.mark.parametrize(("processes", "pid_check", "found"), [

@@ -36,10 +36,11 @@ def snapshot(directory: str, *, now_ms: int, stale_ms: int, pid_check: PidCheck 
     """The state of the agents of a directory, schema version 2, keys in pi-telemetry's order.
 
     `instances` are those that are alive and not stale. A directory that is missing or cannot be listed has none; a
-    file that is torn, or no instance, is left out. Times are epoch ms.
+    file that is torn, too large or too deep to be read safely, or no instance, is left out. Times are epoch ms.
     """
     fresh = [instance for instance in _instances(directory)
-             if now_ms - number(member(instance["process"], "updatedAt")) <= stale_ms]
+             if math.isfinite(updated := number(member(instance["process"], "updatedAt")))
+             and now_ms - updated <= stale_ms]
     alive = _alive(fresh, pid_check, processes or Processes())
     active = []
     for instance in sorted(fresh, key=lambda instance: number(instance["process"]["pid"])):
