@@ -91,6 +91,14 @@ class TestProcess:
         result = run(*argv)
         assert (result.returncode, result.stdout, result.stderr.count("\n")) == (2, "", 1)
 
+    def test_a_directory_that_cannot_be_looked_at_is_a_problem(self, tmp_path: Path) -> None:
+        """`check` names it, and goes on with the others."""
+        nowhere = tmp_path / ("x" * 300)
+        result = run("check", f"--usage.root=a={nowhere}", f"--sessions.dir=s={tmp_path}", env={"HOME": str(tmp_path)})
+        assert (result.returncode, result.stderr) == (1, "")
+        assert f"PROBLEM: {nowhere}" in result.stdout
+        assert f"sessions   s   {tmp_path}" in result.stdout
+
     @pytest.mark.parametrize("argv", [["--help"], ["--version"]])
     def test_reader_that_has_seen_enough(self, argv: list[str]) -> None:
         """A closed pipe on standard output ends the program quietly."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os.path
 from collections import Counter
 from typing import TYPE_CHECKING
 
@@ -28,7 +29,7 @@ def _telemetry(root: Root) -> RootReport:
     scan = InstanceDir(root).scan()
     found = {"agents": scan.states["ok"]}
     problems = [f"{path}: {rejected.reason}" for path, rejected in zip(scan.paths, scan.rejected, strict=True)]
-    return RootReport(root, root.path.is_dir(), found, _few(problems))
+    return RootReport(root, _is_there(root), found, _few(problems))
 
 
 def _logs(root: Root, settings: Settings) -> RootReport:
@@ -61,7 +62,12 @@ def _logs(root: Root, settings: Settings) -> RootReport:
         f"{count} lines or parts of lines rejected: {reason}" for reason, count in sorted(rejected.items()) if count
     ]
     what = ("usage logs", "events") if root.kind == "usage" else ("session files", "messages")
-    return RootReport(root, root.path.is_dir(), {what[0]: len(found.files), what[1]: accepted}, _few(problems))
+    return RootReport(root, _is_there(root), {what[0]: len(found.files), what[1]: accepted}, _few(problems))
+
+
+def _is_there(root: Root) -> bool:
+    # Where a directory above may not be entered, Path.is_dir raises instead.
+    return os.path.isdir(root.path)  # noqa: PTH112
 
 
 def _few(problems: list[str]) -> tuple[str, ...]:
