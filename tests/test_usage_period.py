@@ -63,6 +63,14 @@ def test_what_is_no_time_is_refused(text: str) -> None:
         Calendar().instant(text, NOW, end=False)
 
 
+@pytest.mark.parametrize("text", ["0001-01-01T00:00+14:00", "9999-12-31T23:00-14:00"])
+@pytest.mark.parametrize("utc", [True, False])
+def test_times_beyond_the_calendar_are_refused_not_fatal(text: str, utc: bool) -> None:
+    """Where only an offset leads there."""
+    with pytest.raises(ValueError, match="is not a duration"):
+        Calendar(utc=utc).instant(text, NOW, end=False)
+
+
 def test_dates_at_the_end_of_time_are_refused_not_fatal() -> None:
     """There is no day after the last one that can be written."""
     with pytest.raises(ValueError, match="is not a duration"):

@@ -67,23 +67,28 @@ class Calendar:
         beginning, or with `end` its end. Times without an offset are of this calendar. Raises ValueError.
         """
         text = text.strip()
-        if text in WORDS:
-            return self.midnight(_bounds(text, self.today(now))[end])
         try:
-            if _DATE.fullmatch(text):
-                first = date.fromisoformat(text)
-                return self.midnight(first + timedelta(days=1) if end else first)
-            if re.fullmatch(r"[0-9]{1,7}", text):
-                return now - int(text)
-            if "T" in text or " " in text:
-                at = datetime.fromisoformat(text)
-                return (at.replace(tzinfo=self._zone) if at.tzinfo is None else at).timestamp()
-            return now - duration(text, _NOWHERE)
+            found = self._instant(text, now, end=end)
+            self.iso(found)  # an offset can lead out of the years that there are
         except (ValueError, OverflowError) as error:
             raise ValueError(
                 f"{text!r} is not a duration such as 24h or 7d, a date, a time (2026-11-21T08:00), "
                 f"or one of {', '.join(WORDS)}"
             ) from error
+        return found
+
+    def _instant(self, text: str, now: float, *, end: bool) -> float:
+        if text in WORDS:
+            return self.midnight(_bounds(text, self.today(now))[end])
+        if _DATE.fullmatch(text):
+            first = date.fromisoformat(text)
+            return self.midnight(first + timedelta(days=1) if end else first)
+        if re.fullmatch(r"[0-9]{1,7}", text):
+            return now - int(text)
+        if "T" in text or " " in text:
+            at = datetime.fromisoformat(text)
+            return (at.replace(tzinfo=self._zone) if at.tzinfo is None else at).timestamp()
+        return now - duration(text, _NOWHERE)
 
 
 def _bounds(word: str, today: date) -> tuple[date, date]:
