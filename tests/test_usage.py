@@ -85,6 +85,13 @@ def test_estimates_and_unpriced_tokens_are_marked(tmp_path: Path) -> None:
     assert [line[:10] for line in lines[5:]] == ["", "~ estimate", "UNPRICED: "]
 
 
+def test_a_tiny_amount_below_0(tmp_path: Path) -> None:
+    """What a later reading takes back has a sign, also where there are no digits to show."""
+    root = log(tmp_path, "codex", event("2026-05-01T10:00:00Z", usd=0.5), event("2026-05-02T10:00:00Z", usd=0.499_99))
+    text = ask(tmp_path, f"--usage.root=m={root}", "--since=2026-05-02", "--utc")
+    assert text.splitlines()[-1].split() == ["TOTAL", "-", "-", "-", "-", ">-0.0001", "-"]
+
+
 @pytest.mark.parametrize(("width", "by"), [(80, "session,model"), (80, "day,session,agent"), (200, "session")])
 def test_the_table_fits(width: int, by: str, tmp_path: Path) -> None:
     """Names are shortened in the middle, numbers never; every line ends at the same column."""
@@ -227,7 +234,8 @@ def test_a_log_that_cannot_be_read_is_no_secret(tmp_path: Path) -> None:
     (root / "agents" / "agent-2" / "events" / "claude" / "usage" / "events.jsonl").mkdir(parents=True)
     result = run(tmp_path, f"--usage.root=m={root}")
     assert (result.returncode, "0.1250" in result.stdout) == (0, True)
-    assert result.stderr == "coding-agent-exporter: 1 of the logs could not be read: `check` names them\n"
+    assert result.stderr == (
+        "coding-agent-exporter: 1 of the logs and directories could not be read: `check` names them\n")
 
 
 @pytest.mark.parametrize(("flags", "message"), [
@@ -260,6 +268,20 @@ def test_no_room_for_what_has_to_be_remembered(tmp_path: Path) -> None:
                             capture_output=True, text=True, check=False)
     assert (result.returncode, result.stdout, result.stderr.count("\n")) == (1, "", 1)
     assert "No usable temporary directory" in result.stderr
+
+
+def test_nowhere_to_write_to(tmp_path: Path) -> None:
+    """A closed standard output (`>&-`) is an error in one line; a closed standard error is none."""
+    def without(number: int) -> subprocess.CompletedProcess[str]:
+        return subprocess.run(
+            ["/bin/sh", "-c", f'exec "$@" {number}>&-', "sh", sys.executable, "-m", "coding_agent_exporter", "usage",
+             *RECORDINGS], cwd=tmp_path, env=environment(tmp_path), capture_output=True, text=True, check=False,
+            timeout=DEADLINE)
+
+    silent, deaf = without(1), without(2)
+    assert (silent.returncode, silent.stderr) == (
+        1, "coding-agent-exporter: error: [Errno 9] standard output is closed\n")
+    assert (deaf.returncode, deaf.stdout) == (0, BY_MODEL)
 
 
 def test_a_reader_who_has_seen_enough(tmp_path: Path) -> None:
@@ -332,6 +354,32 @@ def test_no_progress_on_a_pipe(endless: list[str], tmp_path: Path) -> None:
     finally:
         process.kill()
     assert (process.returncode, out, err) == (130, b"", b"")
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGHUP])
+def test_other_ends_leave_nothing_behind_either(
+    number: signal.Signals, endless: list[str], tmp_path: Path
+) -> None:
+    """A terminal that is closed, a time that is up: the temporary file is removed. What nohup ignores stays ignored."""
+    def start(*before: str) -> subprocess.Popen[bytes]:
+        return subprocess.Popen(
+            [*before, sys.executable, "-m", "coding_agent_exporter", "usage", *endless], stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE, env=environment(tmp_path, {"TMPDIR": str(tmp_path / "tmp")}))
+
+    def reading() -> list[Path]:
+        return list((tmp_path / "tmp").rglob("usage.db-wal"))
+
+    process = start("/bin/sh", "-c", 'trap "" HUP; exec "$@"', "sh") if number == signal.SIGTERM else start()
+    try:
+        wait_for(reading, "the reading to begin")
+        if number == signal.SIGTERM:
+            process.send_signal(signal.SIGHUP)
+        process.send_signal(number)
+        out, err = process.communicate(timeout=DEADLINE)
+    finally:
+        process.kill()
+    assert (process.returncode, out, err) == (128 + number, b"", b"")
+    assert list((tmp_path / "tmp").iterdir()) == []
 
 
 class Terminal(io.StringIO):

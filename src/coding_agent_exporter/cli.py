@@ -7,6 +7,7 @@ runs it.
 from __future__ import annotations
 
 import argparse
+import errno
 import logging
 import math
 import os
@@ -84,6 +85,8 @@ class Command:
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Runs one command and returns its exit code. `argv` is without the program's name."""
+    if sys.stderr is None:  # started with 2>&-: nobody wants to know, and that is no error
+        sys.stderr = Path(os.devnull).open("w", encoding="utf-8")  # noqa: SIM115 (until the end)
     try:
         return _run(sys.argv[1:] if argv is None else list(argv))
     except config.ConfigError as error:
@@ -228,7 +231,8 @@ def _usage(arguments: argparse.Namespace, load: Load) -> int:
         question = usage.Question(
             by=usage.parse_by(arguments.by), since=arguments.since, until=arguments.until, utc=arguments.utc,
             format=arguments.format, detail=arguments.detail)
-        with ProgressBar(sys.stderr, dumb=os.environ.get("TERM", "dumb") == "dumb") as progress:
+        dumb = os.environ.get("TERM", "dumb") == "dumb"
+        with usage.tidy_end(), ProgressBar(sys.stderr, dumb=dumb) as progress:
             answer = usage.usage(settings, question, progress=progress, width=shutil.get_terminal_size().columns)
     except usage.QuestionError as error:
         raise config.ConfigError(str(error)) from error
@@ -247,7 +251,7 @@ def _add_usage_arguments(parser: argparse.ArgumentParser) -> None:
                              "month (default: everything; with --detail 24h)")
     parser.add_argument("--until", metavar="WHEN", default="",
                         help="leave out what is newer; a date or word stands for all of it, its last day included "
-                             "(default: now)")
+                             "(default: nothing is)")
     parser.add_argument("--utc", action="store_true", help="days, and times without an offset, are UTC's, not local")
     parser.add_argument("--format", choices=("table", "json", "csv"), default="table",
                         help="format of the table (default: table)")
@@ -464,12 +468,14 @@ def _reject_unknown(argv: Sequence[str], known: set[str]) -> None:
 
 def _encodable(text: str) -> str:
     """What standard output cannot say (a terminal that is not UTF-8) as escapes: a name is no reason to fail."""
-    encoding = sys.stdout.encoding or "utf-8"
+    encoding = getattr(sys.stdout, "encoding", None) or "utf-8"
     return text.encode(encoding, "backslashreplace").decode(encoding)
 
 
 def _emit(text: str) -> None:
-    """Writes to standard output; a reader who stops reading (`| head`) is no failure."""
+    """Writes to standard output; a reader who stops reading (`| head`) is no failure. Raises OSError."""
+    if sys.stdout is None:  # started with >&-
+        raise OSError(errno.EBADF, "standard output is closed")
     try:
         sys.stdout.write(text)
         sys.stdout.flush()

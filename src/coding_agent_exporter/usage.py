@@ -8,12 +8,14 @@ in a temporary file, as there may be far more of it than memory should hold.
 
 from __future__ import annotations
 
+import signal
 import tempfile
 import time
 from collections.abc import Callable
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING, Literal, NoReturn
 
 from coding_agent_exporter import families, usagedetail, usagetable
 from coding_agent_exporter.discover import Discovery
@@ -25,6 +27,8 @@ from coding_agent_exporter.usageperiod import Calendar, Period
 from coding_agent_exporter.usagetally import DIMENSIONS, Attributing, Dimension, Tally
 
 if TYPE_CHECKING:
+    from collections.abc import Iterator
+
     from coding_agent_exporter.config import Settings
     from coding_agent_exporter.usagetally import Witness
 
@@ -114,7 +118,8 @@ def read(
     settings: Settings, tally: Tally, witness: Witness | None = None, *, clock: Callable[[], float] = time.time,
     progress: Progress = lambda _done, _total: None,
 ) -> int:
-    """Count all that the configured roots hold. Returns how many logs could not be read.
+    """Count all that the configured roots hold. Returns how many logs and directories could not be
+    read.
 
     Raises OSError, StoreError among them.
     """
@@ -140,6 +145,24 @@ def read(
     return sum(count for (_, _, state), count in inputs.states.items() if state == "unreadable")
 
 
+@contextmanager
+def tidy_end() -> Iterator[None]:
+    """A terminal that is closed, or a time that is up, ends the command as Ctrl-C does: with its files removed."""
+
+    def end(number: int, _: object) -> NoReturn:
+        raise SystemExit(128 + number)
+
+    # What whoever started this ignores (nohup) stays ignored.
+    taken = [number for number in (signal.SIGTERM, signal.SIGHUP) if signal.getsignal(number) == signal.SIG_DFL]
+    for number in taken:
+        signal.signal(number, end)
+    try:
+        yield
+    finally:
+        for number in taken:
+            signal.signal(number, signal.SIG_DFL)
+
+
 def _read_bytes(inputs: Inputs) -> int:
     return sum(amount for (name, _), amount in inputs.stats.items() if name == families.BYTES_READ.name)
 
@@ -163,7 +186,7 @@ def _period(question: Question, calendar: Calendar, now: float) -> Period:
 def _notes(settings: Settings, period: Period, unreadable: int, *, anything: bool) -> tuple[str, ...]:
     notes = []
     if unreadable:
-        notes.append(f"{unreadable} of the logs could not be read: `check` names them")
+        notes.append(f"{unreadable} of the logs and directories could not be read: `check` names them")
     if not anything:
         places = ", ".join(str(root.path) for root in settings.roots if root.kind != "telemetry")
         when = "" if period == Period() else " in this period"

@@ -219,8 +219,8 @@ def _dollars(spent: Money | None) -> str:
     if not spent.known:
         return "?"
     mark = "~" if spent.estimated else ""
-    if 0 < spent.total < PICO // 20_000:
-        return f"{mark}<0.0001"
+    if 0 < abs(spent.total) < PICO // 20_000:
+        return f"{mark}<0.0001" if spent.total > 0 else f"{mark}>-0.0001"
     return f"{mark}{spent.total / PICO:.4f}"
 
 
