@@ -6,7 +6,7 @@ from dataclasses import asdict
 from pathlib import Path
 
 import pytest
-from benchmarks import conversations, ingest, sections, spans, table
+from benchmarks import conversations, ingest, sections, spans, table, wrap
 from benchmarks.generate import generate
 from benchmarks.process import total
 from benchmarks.sections import Size
@@ -104,3 +104,11 @@ def test_totals_are_summed_over_the_series_of_one_name() -> None:
     """Comments and other metrics are left out."""
     text = '# TYPE a counter\na{x="1"} 1.5\na{x="2 3"} 2\nab{x="1"} 100\n'
     assert total(text, "a") == 3.5
+
+
+def test_what_wrap_adds_is_reported_beside_a_round_trip_without_it(tmp_path: Path) -> None:
+    """Two medians and their ratio; a command that has ended is no result."""
+    assert [row.what.split(",")[0] for row in wrap.wrap(tmp_path, count=20)] == [
+        "round trip through cat", "the same through wrap -- cat", "  that / without"]
+    with pytest.raises((EOFError, BrokenPipeError)):
+        wrap.round_trips(tmp_path, ["true"], 20)

@@ -9,7 +9,6 @@ import signal
 import subprocess
 import sys
 import threading
-import time
 from contextlib import suppress
 from functools import partial
 from typing import TYPE_CHECKING, Any
@@ -316,31 +315,6 @@ def test_what_cannot_be_observed_in_time_is_left_out(tmp_path: Path, caplog: pyt
     recorder.join()
     assert (tmp_path / LOG).read_bytes().count(b"\n") == 4
     assert len(caplog.messages) == 1
-
-
-def test_latency_is_measured(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    """Round trips of a frame of 1 KB through `cat`, with and without us, in one run: printed, not judged."""
-    frame = b'{"type":"message_end","message":{"role":"assistant","content":"' + b"x" * 900 + (
-        b'","usage":{"input":1,"output":2,"cost":{"total":0.1}},"timestamp":1700000000000}}\n')
-    figures = {}
-    for name, prefix in (("cat", []), ("wrap -- cat", [*EXPORTER, "wrap", "--"])):
-        with subprocess.Popen([*prefix, "cat"], env=environment(tmp_path), stdin=subprocess.PIPE,
-                              stdout=subprocess.PIPE, bufsize=0) as process:
-            assert process.stdin is not None
-            assert process.stdout is not None
-            took = []
-            for _ in range(300):
-                begun = time.perf_counter()
-                process.stdin.write(frame)
-                got = b""
-                while len(got) < len(frame):
-                    got += process.stdout.read(65536) or pytest.fail("it has ended")
-                took.append(time.perf_counter() - begun)
-            process.stdin.close()
-        figures[name] = sorted(took[20:])
-    with capsys.disabled():
-        print("".join(f"\n{name}: median {values[len(values) // 2] * 1e6:.0f} us, "
-                      f"99 % {values[len(values) * 99 // 100] * 1e6:.0f} us" for name, values in figures.items()))
 
 
 def test_any_mix_of_pieces_gives_the_same(tmp_path: Path) -> None:
