@@ -17,6 +17,9 @@ import coding_agent_exporter
 LATE = ("bcrypt", "genai_prices", "opentelemetry.proto.collector.metrics.v1.metrics_service_pb2", "ssl", "yaml")
 """Imported when somebody needs them, not with the exporter's own modules."""
 
+EXTRAS = {"grpc", "rich"}
+"""Libraries of extras: gRPC is in the image only if asked for; the screen of `top` is for a person's own machine."""
+
 
 def main() -> None:
     ours = pkgutil.walk_packages(coding_agent_exporter.__path__, "coding_agent_exporter.")
@@ -24,7 +27,7 @@ def main() -> None:
         try:
             importlib.import_module(name)
         except ModuleNotFoundError as error:
-            if error.name != "grpc":  # is in the image only if asked for
+            if error.name not in EXTRAS:
                 raise
     for spec in [module.__spec__ for module in list(sys.modules.values())]:
         if spec is not None and spec.origin is not None and spec.cached is not None:
