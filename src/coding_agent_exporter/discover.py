@@ -204,7 +204,10 @@ class _Unit:
         return status
 
     def inside(self, path: str) -> bool:
-        return os.path.join(os.path.realpath(path), "").startswith(self.home)
+        try:
+            return os.path.join(os.path.realpath(path), "").startswith(self.home)
+        except OSError:  # what was a link a moment ago is none any more: realpath lets that out
+            return False
 
     def problem(self, path: str, reason: Reason) -> None:
         # A name that is not text must not get out, into a log line or a label that would fail on it.
@@ -231,7 +234,10 @@ class _Tree:
 
     def scan(self, now: float) -> bool:
         """Look again where something changed. True when that made a difference."""
-        self._home = os.path.join(os.path.realpath(self.path), "")
+        try:
+            self._home = os.path.join(os.path.realpath(self.path), "")
+        except OSError:  # as in `inside`
+            self._home = os.path.join(self.path, "")
         self._now, self._seen = now, {}
         for unit in self._units.values():
             unit.check(now)

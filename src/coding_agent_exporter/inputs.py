@@ -98,6 +98,8 @@ class Inputs:
                 budget = self._read(file, row, budget)
             except Unreadable as error:
                 self._note_unreadable(states, file, error.reason)
+                if error.reason != "permission":
+                    continue  # perhaps a link out of the root: not even the size of what it leads to gets out
             offset = 0 if row.cursor is None else row.cursor.offset
             if row.size > offset:
                 lag[file.root, file.kind] += row.size - offset
