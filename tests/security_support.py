@@ -10,13 +10,14 @@ import subprocess
 import sys
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from cryptography import x509
 from cryptography.hazmat.primitives import hashes, serialization
 from cryptography.hazmat.primitives.asymmetric import ec
 from cryptography.x509.oid import NameOID
 
+from otlp_receiver import HttpReceiver
 from web_support import DEADLINE, Authority
 
 if TYPE_CHECKING:
@@ -54,6 +55,13 @@ while True:
         for _ in range(chance.randrange(300)):
             pass
 """
+
+
+class Collector(HttpReceiver):
+    """A collector that keeps what it is sent, spans or metrics, in `raw`, and asks no questions."""
+
+    def decode(self, body: bytes) -> tuple[Any, list[Any], list[Any]]:
+        return body, [], []
 
 
 @contextmanager

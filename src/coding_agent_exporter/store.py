@@ -10,7 +10,7 @@ import fcntl
 import json
 import os
 import sqlite3
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -117,6 +117,9 @@ class Store:
     def _open(path: Path) -> sqlite3.Connection:
         db = None
         try:
+            # It names sessions, paths and models. What SQLite puts beside it gets its mode.
+            with suppress(OSError):  # SQLite says what is wrong
+                os.close(os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600))
             # The pipeline's lock keeps to one thread at a time.
             db = sqlite3.connect(path, isolation_level=None, check_same_thread=False, timeout=5)
             db.execute("PRAGMA journal_mode = WAL")
