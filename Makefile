@@ -6,6 +6,7 @@
 # make docs   write the generated docs and dashboards
 # make pictures  draw docs/images over a simulated week; needs prometheus and promtool, takes minutes
 # make image  build the container image and try it: needs buildah, debootstrap and root, or skips with the reason
+# make sbom   write build/sbom.cdx.json and build/sbom-grpc.cdx.json: what the images are made of, for programs
 # make clean  remove what the above made
 #
 # Needs Python 3.11 or newer with its venv module; everything else goes into .venv, from the index that pip is
@@ -25,7 +26,7 @@ MIN_PYTHON := 3.11
 markdown_of = $(PY) -c 'from coding_agent_exporter import $(1) as m; print(m.markdown(), end="")'
 outdated = { echo 'the generated docs are out of date: make docs' >&2; exit 1; }
 
-.PHONY: run demo test lint bench docs pictures image clean
+.PHONY: run demo test lint bench docs pictures image sbom clean
 .DELETE_ON_ERROR:
 
 run: $(VENV)/.package
@@ -60,6 +61,11 @@ image: $(VENV)/.package $(VENV)/.dev
 
 pictures: $(VENV)/.package $(VENV)/.dev
 	$(PY) -m grafana.pictures
+
+sbom: $(VENV)/.dev
+	@mkdir -p build
+	$(PY) image/sbom.py > build/sbom.cdx.json
+	$(PY) image/sbom.py --grpc > build/sbom-grpc.cdx.json
 
 clean:
 	rm -rf $(VENV) dist build .mypy_cache .ruff_cache .pytest_cache .hypothesis .import_linter_cache
