@@ -46,6 +46,7 @@ lint: $(VENV)/.package $(VENV)/.dev
 	@$(call markdown_of,families) | diff -u docs/metrics.md - || $(outdated)
 	@$(PY) -m grafana --check
 	@$(PY) helm/readme.py --check
+	@$(PY) image/licenses.py --check
 
 bench: $(VENV)/.package $(VENV)/.dev
 	$(PY) -m benchmarks $(ARGS)
@@ -55,6 +56,7 @@ docs: $(VENV)/.package $(VENV)/.dev
 	$(call markdown_of,families) > docs/metrics.md
 	$(PY) -m grafana
 	$(PY) helm/readme.py
+	$(PY) image/licenses.py
 
 image: $(VENV)/.package $(VENV)/.dev
 	IMAGE_TEST=1 $(PY) -m pytest -rP tests/test_image.py $(ARGS)
