@@ -1,4 +1,4 @@
-"""Takes one telemetry directory, gives the instance files in it that changed since the last look, decoded.
+"""Takes telemetry directories, gives the instance files in them that changed since the last look, decoded.
 
 Files are read whole: they are small, and their writers replace them by renaming. Anybody who may write to
 the directory may put anything there: only regular files of a bounded size are read, and no links followed.
@@ -11,9 +11,15 @@ import re
 import stat
 from dataclasses import dataclass, field
 from hashlib import blake2b
+from typing import TYPE_CHECKING
 
 from coding_agent_exporter.decode.heartbeat import parse
 from coding_agent_exporter.model import Heartbeat, Rejected, Root
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Iterable
+
+    from coding_agent_exporter.instances import Instances
 
 # Not the `<pid>.json.tmp-<pid>` that is about to be renamed.
 _NAME = re.compile(r"[0-9]+\.json", re.ASCII)
@@ -140,6 +146,30 @@ class InstanceDir:
         known.state = "ok"
         known.complaint = None
         return result
+
+
+class Heartbeats:
+    """The instance files of all telemetry roots, as they change. Not thread-safe."""
+
+    def __init__(self, roots: Iterable[Root]) -> None:
+        self._dirs = [InstanceDir(root) for root in roots if root.kind == "telemetry"]
+        self._present: dict[str, frozenset[str]] = {}
+
+    def read(self, instances: Instances, now: float,
+             counts_compactions: Callable[[Heartbeat], bool] = lambda _: True) -> list[tuple[str, Scan]]:
+        """Tell `instances` what has changed since the last time. Returns what each root's scan found, by alias."""
+        scans = []
+        for directory in self._dirs:
+            root = directory.root.alias
+            scan = directory.scan()
+            for name in self._present.get(root, frozenset()) - scan.present:
+                instances.gone(root, name, now)
+            self._present[root] = scan.present
+            for name, heartbeat in scan.changed:
+                instances.observe(root, name, heartbeat, now, count_compactions=counts_compactions(heartbeat))
+            scans.append((root, scan))
+        instances.tick(now)
+        return scans
 
 
 def read(path: str, max_bytes: int = MAX_BYTES) -> tuple[bytes | Rejected, os.stat_result]:

@@ -21,7 +21,7 @@ from coding_agent_exporter import families
 from coding_agent_exporter.counters import Counters
 from coding_agent_exporter.discover import Discovery
 from coding_agent_exporter.expose import Snapshot
-from coding_agent_exporter.heartbeat import InstanceDir
+from coding_agent_exporter.heartbeat import Heartbeats
 from coding_agent_exporter.inputs import STEP_BYTES, Inputs
 from coding_agent_exporter.instances import Instances
 from coding_agent_exporter.ledger import PI_SOURCES, Book, Ledger
@@ -103,8 +103,7 @@ class Pipeline:
             store, self._lock, most=settings.otlp_max_queue, oldest=settings.otlp_max_age,
             history=first_start if settings.otlp_backfill else 0.0,
         )
-        self._dirs = [InstanceDir(root) for root in settings.roots if root.kind == "telemetry"]
-        self._present: dict[str, frozenset[str]] = {}
+        self._heartbeats = Heartbeats(settings.roots)
         self._instances = Instances(
             stale_after=settings.telemetry_stale_after,
             forget_after=settings.telemetry_forget_after,
@@ -243,21 +242,14 @@ class Pipeline:
 
     def _read_heartbeats(self, now: float) -> None:
         self._states.clear()
-        for directory in self._dirs:
-            root = directory.root.alias
-            scan = directory.scan()
-            for name in self._present.get(root, frozenset()) - scan.present:
-                self._instances.gone(root, name, now)
-            self._present[root] = scan.present
-            for name, heartbeat in scan.changed:
-                counted = not self.inputs.reads_session(heartbeat.session_id)
-                self._instances.observe(root, name, heartbeat, now, count_compactions=counted)
+        scans = self._heartbeats.read(
+            self._instances, now, lambda heartbeat: not self.inputs.reads_session(heartbeat.session_id))
+        for root, scan in scans:
             for state, count in scan.states.items():
                 self._states[root, "telemetry", state] += count
             for path, rejected in zip(scan.paths, scan.rejected, strict=True):
                 self.inputs.warn(path, rejected.reason)
                 self._stats[families.REJECTED.name, (root, "telemetry", rejected.reason)] += rejected.count
-        self._instances.tick(now)
         for key, amount in self._instances.take().items():
             self._ledger.book.count(key, now, amount)
 

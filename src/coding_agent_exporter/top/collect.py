@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING
 
 from coding_agent_exporter import families
 from coding_agent_exporter.discover import Discovery
-from coding_agent_exporter.heartbeat import InstanceDir
+from coding_agent_exporter.heartbeat import Heartbeats
 from coding_agent_exporter.inputs import Inputs
 from coding_agent_exporter.instances import Instances
 from coding_agent_exporter.ledger import pi_session
@@ -57,8 +57,7 @@ class Collector:
         self._inputs = Inputs(
             settings.roots, Discovery(settings.roots), Tail(max_line=settings.input_max_line_size), self._journal,
             None, ())
-        self._dirs = [InstanceDir(root) for root in settings.roots if root.kind == "telemetry"]
-        self._present: dict[str, frozenset[str]] = {}
+        self._heartbeats = Heartbeats(settings.roots)
         self._unreadable = 0
         self._instances = Instances(
             stale_after=settings.telemetry_stale_after, forget_after=settings.telemetry_forget_after,
@@ -80,7 +79,9 @@ class Collector:
         """
         now = self._journal.now = self._clock()
         self._tally.advance(now)
-        self._read_heartbeats(now)
+        self._unreadable = sum(
+            scan.states["unreadable"] + scan.states["invalid"]
+            for _, scan in self._heartbeats.read(self._instances, now))
         if self._total < 0:
             self._inputs.step(now, budget=0)
             self._total = sum(self._inputs.lag.values())
@@ -152,19 +153,6 @@ class Collector:
         """Close and delete the temporary file."""
         self._store.close()
         self._folder.cleanup()
-
-    def _read_heartbeats(self, now: float) -> None:
-        self._unreadable = 0
-        for directory in self._dirs:
-            root = directory.root.alias
-            scan = directory.scan()
-            for name in self._present.get(root, frozenset()) - scan.present:
-                self._instances.gone(root, name, now)
-            self._present[root] = scan.present
-            for name, heartbeat in scan.changed:
-                self._instances.observe(root, name, heartbeat, now)
-            self._unreadable += scan.states["unreadable"] + scan.states["invalid"]
-        self._instances.tick(now)
 
 
 def _spend(sums: Iterable[Sum]) -> Spend:
