@@ -3,6 +3,7 @@
 # make test   the tests; ARGS goes to pytest:    make test ARGS="tests/test_config.py -k env"
 # make lint   ruff, mypy, import-linter, and whether the generated docs and dashboards are up to date
 # make bench  the benchmarks; ARGS="--full" adds one of 5,000,000 events
+# make endurance  the long form of the tests in tests/test_endurance_*.py: takes up to an hour
 # make docs   write the generated docs and dashboards
 # make pictures  draw docs/images over a simulated week; needs prometheus and promtool, takes minutes
 # make image  build the container image and try it: needs buildah, debootstrap and root, or skips with the reason
@@ -26,7 +27,7 @@ MIN_PYTHON := 3.11
 markdown_of = $(PY) -c 'from coding_agent_exporter import $(1) as m; print(m.markdown(), end="")'
 outdated = { echo 'the generated docs are out of date: make docs' >&2; exit 1; }
 
-.PHONY: run demo test lint bench docs pictures image sbom clean
+.PHONY: run demo test lint bench endurance docs pictures image sbom clean
 .DELETE_ON_ERROR:
 
 run: $(VENV)/.package
@@ -50,6 +51,10 @@ lint: $(VENV)/.package $(VENV)/.dev
 
 bench: $(VENV)/.package $(VENV)/.dev
 	$(PY) -m benchmarks $(ARGS)
+
+# -rP shows what each of them measured.
+endurance: $(VENV)/.package $(VENV)/.dev
+	ENDURANCE=1 $(PY) -m pytest -rP tests/test_endurance_*.py $(ARGS)
 
 docs: $(VENV)/.package $(VENV)/.dev
 	$(call markdown_of,config) > docs/configuration.md

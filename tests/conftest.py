@@ -38,3 +38,14 @@ def tool() -> Callable[[str], str]:
         return path
 
     return find
+
+
+@pytest.fixture(scope="session")
+def amount() -> Callable[[int, int], int]:
+    """How much of an endurance test to do: the first number in `make test`, the second in `make endurance`."""
+    long = os.environ.get("ENDURANCE") == "1"
+
+    def choose(short: int, full: int) -> int:
+        return full if long else short
+
+    return choose
