@@ -87,6 +87,8 @@ class Tail:
         self._max_line = max_line
         # A chunk no longer than a line may be cannot hide a line that is too long: no need to look at each.
         self._chunk_bytes = min(chunk_bytes, max_line)
+        # Used again and again: the allocator would give so much memory back at once, to get it anew page by page.
+        self._buffer = bytearray(WINDOW + self._chunk_bytes)
 
     def read(self, path: Path | str, cursor: Cursor | None, within: Path | None = None) -> Chunk | None:
         """Give the lines after `cursor` (None: from the start), or None when the file has not grown.
@@ -115,46 +117,50 @@ class Tail:
             raise Unreadable(_reason(error), path) from error
 
     def _read(self, descriptor: int, status: os.stat_result, cursor: Cursor | None) -> Chunk:
-        size, limit, restarted = status.st_size, self._chunk_bytes, False
+        limit, restarted = self._chunk_bytes, False
         cursor = cursor or Cursor(status.st_dev, status.st_ino)
-        start = _window_start(cursor)
-        buffer = os.pread(descriptor, cursor.offset - start + limit, start)
-        before, body = buffer[: cursor.offset - start], buffer[cursor.offset - start :]
-        if not _continues(cursor, before):
-            cursor, restarted = Cursor(status.st_dev, status.st_ino), True
-            before, body = b"", os.pread(descriptor, limit, 0)
+        # In the buffer: up to `head` the bytes before the offset, from there to `stop` those after it.
+        head = cursor.offset - _window_start(cursor)
+        buffer, stop = self._fill(descriptor, cursor.offset - head, head + limit)
+        if not _continues(cursor, buffer[: min(head, stop)]):
+            cursor, restarted, head = Cursor(status.st_dev, status.st_ino), True, 0
+            buffer, stop = self._fill(descriptor, 0, limit)
         offset, skipping, oversized = cursor.offset, cursor.skipping, 0
 
-        data = partial = b""
-        passed = 0  # bytes of `body` that are the rest of a line that is too long
+        passed = head  # behind the rest of a line that is too long
         if skipping:
-            passed = body.find(b"\n") + 1 or len(body)
-            skipping = not body[:passed].endswith(b"\n")
-        end = body.rfind(b"\n") + 1
-        if end == 0 and not skipping and len(body) == limit:
+            passed = buffer.find(b"\n", head, stop) + 1 or stop
+            skipping = buffer[passed - 1 : passed] != b"\n" or passed == head
+        end = buffer.rfind(b"\n", head, stop) + 1
+        if end == 0 and not skipping and stop - head == limit:
             # One line is longer than a chunk. One byte more than it may have tells whether it is too long.
             limit = self._max_line + 1
-            body = os.pread(descriptor, limit, offset)
-            end = body.rfind(b"\n") + 1
-            if end == 0 and len(body) == limit:
-                oversized, skipping, passed = 1, True, limit
-        eof = len(body) < limit
-        if end > passed:
-            data = body[passed:end] if passed else body[:end]
+            buffer, stop = self._fill(descriptor, offset - head, head + limit)
+            end = buffer.rfind(b"\n", head, stop) + 1
+            if end == 0 and stop - head == limit:
+                oversized, skipping, passed = 1, True, stop
         end = max(end, passed)
-        if eof and offset + len(body) >= size:
-            partial = body[end:]
+        eof = stop - head < limit
+        view = memoryview(buffer)
+        data = bytes(view[passed:end])
+        partial = bytes(view[end:stop]) if eof and offset + stop - head >= status.st_size else b""
 
         exempt = cursor.exempt
         if offset == 0 and data.startswith(TITLE):
             exempt = data.index(b"\n") + 1
-        if offset == 0:
-            window = _window(b"", body[exempt:end])
-        else:
-            window = _window(b"" if offset == exempt else before, body[:end])
-        after = Cursor(status.st_dev, status.st_ino, offset + end, fingerprint(window), exempt, skipping,
+        # What the digest may go back to: not beyond a title line, which can be another one next time.
+        begin = head + exempt - offset if offset in {exempt, 0} else 0
+        window = bytes(view[max(begin, end - WINDOW) : end])
+        after = Cursor(status.st_dev, status.st_ino, offset + end - head, fingerprint(window), exempt, skipping,
                        status.st_ctime_ns)
-        return Chunk(data, partial, after, restarted, oversized, max(size, offset + len(body)), eof, window)
+        size = max(status.st_size, offset + stop - head)
+        return Chunk(data, partial, after, restarted, oversized, size, eof, window)
+
+    def _fill(self, descriptor: int, start: int, limit: int) -> tuple[bytearray, int]:
+        """Read up to `limit` bytes. Gives a buffer, of which only so many are of the file, until the next call."""
+        buffer = self._buffer if limit <= len(self._buffer) else bytearray(limit)
+        with memoryview(buffer) as view:
+            return buffer, os.preadv(descriptor, [view[:limit]], start)
 
 
 def accept_partial(chunk: Chunk) -> Cursor:
@@ -172,7 +178,7 @@ def accept_partial(chunk: Chunk) -> Cursor:
     return replace(cursor, offset=cursor.offset + len(partial), check=fingerprint(window))
 
 
-def fingerprint(window: bytes) -> bytes:
+def fingerprint(window: bytes | bytearray) -> bytes:
     """Give the digest (8 bytes) of the bytes before an offset, that a cursor carries."""
     return hashlib.blake2b(window, digest_size=8).digest()
 
@@ -193,7 +199,7 @@ def _window(before: bytes, new: bytes) -> bytes:
     return new[-WINDOW:] if len(new) >= WINDOW else (before + new)[-WINDOW:]
 
 
-def _continues(cursor: Cursor, before: bytes) -> bool:
+def _continues(cursor: Cursor, before: bytes | bytearray) -> bool:
     if cursor.offset == cursor.exempt:
         return cursor.offset == 0 or (before.startswith(TITLE) and before.find(b"\n") + 1 == cursor.offset)
     return len(before) == cursor.offset - _window_start(cursor) and fingerprint(before) == cursor.check

@@ -83,6 +83,8 @@ class Tally(Book):
     in `names`.
     """
 
+    bulk = False
+
     def __init__(self, by: tuple[Dimension, ...], period: Period, calendar: Calendar) -> None:
         super().__init__(max_series=sys.maxsize, cutoff=-math.inf)
         self.rows: dict[tuple[Any, ...], Sum] = {}

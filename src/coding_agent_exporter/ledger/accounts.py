@@ -12,11 +12,14 @@ import re
 from collections import Counter, OrderedDict
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from itertools import groupby
+from operator import attrgetter
 from typing import TYPE_CHECKING, Any, Protocol
 
 import msgspec
 
 from coding_agent_exporter.ledger import book as slots
+from coding_agent_exporter.ledger.bulk import Bulk
 from coding_agent_exporter.ledger.incremental import Session, SessionRules, identity
 from coding_agent_exporter.ledger.readings import Codex, CodexRules, Process, ProcessRules
 from coding_agent_exporter.model import (
@@ -57,6 +60,8 @@ ORPHANS = "orphans"
 
 Observer = Callable[[SourceFile, str, str, UsageEvent, UsageEvent | None, bool], None]
 """File, session, message, event, the session's next event if it is known, and whether it is the message's first."""
+
+_session = attrgetter("session_id")
 
 _PI_SESSION = re.compile(r"_([0-9a-fA-F]{8}-[0-9a-fA-F-]{27})$")
 
@@ -107,6 +112,20 @@ class Changes:
         return not (self.deltas or self.accounts or self.labels or self.figures or self.spans or self.rate_limits)
 
 
+@dataclass(frozen=True, slots=True)
+class _Opened:
+    """The account that a usage log's session has. `orphans`: where its messages can be in session files too."""
+
+    key: str
+    session: Session
+    orphans: Session | None
+
+    @property
+    def alone(self) -> bool:
+        """Whether what becomes of its next event depends on no other session: none of its messages is a copy."""
+        return self.session.live if self.orphans is None else not self.orphans.messages
+
+
 class Ledger:
     """Counts every dollar once.
 
@@ -144,6 +163,7 @@ class Ledger:
         self._next_sweep = 0.0
         self._dirty: set[str] = set()
         self._sessions = SessionRules(book, estimate, storage.has_figures)
+        self._bulk = Bulk(book, self._sessions)
         self._codex = CodexRules(book, estimate)
         self._processes = ProcessRules(book)
 
@@ -218,7 +238,7 @@ class Ledger:
         changes = Changes()
         for key in self._dirty:
             account = self._cache[key]
-            if complete and isinstance(account, Session) and len(account.messages) > MANY_MESSAGES and _forgets(key):
+            if complete and isinstance(account, Session) and account.size() > MANY_MESSAGES and _forgets(key):
                 account.forget(min(account.last, int(now)) - 24 * 3600)
             changes.accounts[key] = self._saved(key, account, now, settled=not _forgets(key))
         self._dirty.clear()
@@ -274,28 +294,70 @@ class Ledger:
     # -- usage logs of sessions that are the sum of their messages
 
     def _apply_messages(self, file: SourceFile, events: list[UsageEvent], agent: str) -> None:
+        if self.observe is not None or not self.book.bulk:
+            opened: dict[str, _Opened] = {}
+            for event, following in zip(events, _followers(events), strict=True):
+                found = opened.get(event.session_id)
+                if found is None:
+                    found = opened[event.session_id] = self._open(file, event.session_id)
+                self._apply_message(found, file, event, agent, following)
+            return
+        # What only its own session has a say in may wait until all of the session's events are together.
+        together: dict[str, tuple[_Opened, list[UsageEvent]]] = {}
+        keys: dict[str, str] = {}
+        for name, run in groupby(events, _session):
+            key = keys.get(name)
+            if key is None:
+                found = self._open(file, name)
+                key = keys[name] = found.key
+                if key not in together:
+                    together[key] = found, []
+            found, waiting = together[key]
+            waiting += run
+            if not found.alone:
+                self._apply_together(together, file, agent)
+        self._apply_together(together, file, agent)
+
+    def _apply_together(
+        self, together: dict[str, tuple[_Opened, list[UsageEvent]]], file: SourceFile, agent: str
+    ) -> None:
+        for found, events in together.values():
+            place, of = 0, len(events)
+            while place < of:
+                end = place
+                if found.alone:
+                    count = self._bulk.messages if found.orphans is None else self._bulk.calls
+                    end = count(found.session, file, events, place, agent)
+                if end > place:
+                    self._dirty.add(found.key)
+                    place = end
+                else:
+                    self._apply_message(found, file, events[place], agent, None)
+                    place += 1
+            events.clear()
+
+    def _apply_message(
+        self, found: _Opened, file: SourceFile, event: UsageEvent, agent: str, following: UsageEvent | None
+    ) -> None:
+        session = found.session
+        before = session.size()
+        outcome = self._sessions.apply_event(session, found.orphans, file, event, agent)
+        if self.observe is not None and outcome in {"changed", "same"}:
+            name = str(identity(file, event, in_session_files=found.orphans is not None))
+            first = session.size() > before
+            self.observe(file, found.key.rpartition("\n")[2], name, event, following, first)
+        if outcome == "changed":
+            self._dirty.add(found.key)
+        elif outcome != "same":
+            self.rejected[file.root, file.kind, outcome] += 1
+            self._dirty.add(found.key)
+
+    def _open(self, file: SourceFile, name: str) -> _Opened:
         is_pi = file.source in PI_SOURCES
-        opened: dict[str, tuple[str, Session, Session | None]] = {}
-        following = _followers(events) if self.observe is not None else []
-        for place, event in enumerate(events):
-            found = opened.get(event.session_id)
-            if found is None:
-                uuid = pi_session(event.session_id) if is_pi else ""
-                key = _key("session", PI if is_pi else file.source, uuid or event.session_id)
-                orphans = self._account(_key(ORPHANS, PI), Session) if uuid else None
-                found = opened[event.session_id] = key, self._account(key, Session), orphans
-            key, session, orphans = found
-            before = len(session.messages)
-            outcome = self._sessions.apply_event(session, orphans, file, event, agent)
-            if self.observe is not None and outcome in {"changed", "same"}:
-                name = str(identity(file, event, in_session_files=orphans is not None))
-                first = len(session.messages) > before
-                self.observe(file, key.rpartition("\n")[2], name, event, following[place], first)
-            if outcome == "changed":
-                self._dirty.add(key)
-            elif outcome != "same":
-                self.rejected[file.root, file.kind, outcome] += 1
-                self._dirty.add(key)
+        uuid = pi_session(name) if is_pi else ""
+        key = _key("session", PI if is_pi else file.source, uuid or name)
+        orphans = self._account(_key(ORPHANS, PI), Session) if uuid else None
+        return _Opened(key, self._account(key, Session), orphans)
 
     def _count_session(self, key: str, number: int, second: int) -> None:
         session: Session = self._account(key, Session)

@@ -45,6 +45,9 @@ class Book:
     Past `max_series` label sets, new ones are counted under provider and model "other".
     """
 
+    bulk = True
+    """Whether sums of several events may be entered as one."""
+
     def __init__(self, *, max_series: int, cutoff: float, keys: Iterable[Labels] = ()) -> None:
         self.keys: list[Labels] = list(keys)
         self.cutoff = cutoff
@@ -69,6 +72,10 @@ class Book:
             if len(self._models) < 2 * self._max_series:
                 self._models[quick] = number
         return number
+
+    def known(self, root: str, source: str, model: str | None, mode: str, agent: str = "") -> int | None:
+        """As `number`, of a label set that there is already."""
+        return self._models.get((root, source, model, mode, agent))
 
     def _number(self, labels: Labels) -> int:
         number = self._index.get(labels)

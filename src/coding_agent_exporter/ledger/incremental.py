@@ -1,7 +1,7 @@
 """Takes messages of sessions whose cost is the sum of their messages, gives their changes to the book.
 
 pi, oh-my-pi and OpenCode. A message counts with its freshest event; each event takes back what the one before it
-had added.
+had added. What nearly all lines are is counted a run at a time, in `ledger/bulk.py`; here is all of it, one by one.
 """
 
 from __future__ import annotations
@@ -64,12 +64,17 @@ class Record(msgspec.Struct, frozen=True, array_like=True, gc=False):
 Figures = tuple[int, int, int, int, int]
 
 
+Recent = tuple[datetime, int, int, int, int, int, int]
+"""When a call began, label set number, pico-USD, input, output, cache_read, cache_creation."""
+
+
 class Session(msgspec.Struct, array_like=True, tag=1):
     """A session's account. Times are epoch seconds, but `copies`: milliseconds.
 
     `floor`: everything up to here has been counted and forgotten. `live`: a message was seen as it happened, so
     what follows is no copy. `copies`: start of the latest message that the session's own file copied from its
-    parent.
+    parent. `last`: the latest second of all that is known of it. `recent`: the messages of pi that came after all of
+    `messages`, in order: not looked up one by one while nothing but a later one comes.
     """
 
     counted: bool = False
@@ -80,12 +85,20 @@ class Session(msgspec.Struct, array_like=True, tag=1):
     mode: str = ""
     root: str = ""
     messages: dict[int | str, Record] = {}
+    recent: list[Recent] = []
 
     def size(self) -> int:
-        return 1 + len(self.messages)
+        return 1 + len(self.messages) + len(self.recent)
+
+    def merge(self) -> None:
+        """Bring `recent` to where any message is looked up."""
+        for at, number, cost, *tokens in self.recent:
+            self.messages[milliseconds(at)] = Record(seconds(at), number, cost, *tokens)
+        self.recent.clear()
 
     def forget(self, before: int) -> None:
         """Drop the messages up to an epoch second: nothing can change them any more."""
+        self.merge()
         old = [name for name, record in self.messages.items() if record.second <= before]
         for name in old:
             del self.messages[name]
@@ -101,6 +114,7 @@ class SessionRules:
 
     def __init__(self, book: Book, estimate: Estimate, seen: Callable[[int], bool]) -> None:
         self.figures: set[int] = set()
+        self._forms: dict[int, str] = {}
         self._book = book
         self._estimate = estimate
         self._seen = seen
@@ -116,8 +130,9 @@ class SessionRules:
         """
         if not (event.message_id or event.event_id):
             return "no_identity"
+        session.merge()
         message = identity(file, event, in_session_files=orphans is not None)
-        second = _second(event)
+        second = seconds(event.timestamp)
         known = session.messages.get(message)
         if known is None:
             if second <= session.floor:
@@ -136,11 +151,12 @@ class SessionRules:
                 return "copied"
         elif known is None and orphans and orphans.messages and _orphan(message, record) in orphans.messages:
             session.messages[message] = msgspec.structs.replace(record, number=NOT_COUNTED)
+            session.last = max(session.last, second)
             return "copied"
         shared = orphans is not None
         outcome = self._replace(session, message, known, record, event.timestamp, shared=shared, hinted=hinted)
         if file.source == "opencode" and record.total and (known is None or known.figures != record.figures):
-            self.figures.add(self._digest(record))
+            self.note(record.number, record.figures)
         return outcome
 
     def apply_entry(
@@ -148,6 +164,7 @@ class SessionRules:
         *, copied: bool,
     ) -> str:
         """Count an assistant message of a session file. Returns as `apply_event` does."""
+        session.merge()
         identity, second = message.started, message.started // 1000
         known = session.messages.get(identity)
         if copied and known is not None:
@@ -165,6 +182,7 @@ class SessionRules:
             if orphan in orphans.messages:
                 if not copied:
                     session.messages[identity] = msgspec.structs.replace(record, number=NOT_COUNTED)
+                    session.last = max(session.last, second)
                 return "copied"
             if copied:
                 orphans.messages[orphan] = Record(second, NOT_COUNTED)
@@ -177,6 +195,7 @@ class SessionRules:
         self, session: Session, file: SourceFile, compaction: SessionCompaction, *, copied: bool
     ) -> str:
         """Count a compaction entry of a session file. Returns as `apply_event` does."""
+        session.merge()
         identity, second = f"c{compaction.entry}", compaction.recorded // 1000
         if identity in session.messages:
             return "copied" if copied else "same"
@@ -264,15 +283,23 @@ class SessionRules:
                 return known.figures == record.figures
             session.live = True
             return False
-        digest = self._digest(record)
+        digest = self._digest(record.number, record.figures)
         if digest in self.figures or self._seen(digest):
             return True
         session.live = True
         return False
 
-    def _digest(self, record: Record) -> int:
+    def note(self, number: int, figures: Figures) -> None:
+        """Remember the figures of an OpenCode message, by which a fork's copy of it is known."""
+        self.figures.add(self._digest(number, figures))
+
+    def _digest(self, number: int, figures: Figures) -> int:
         """64 bits of the model and the figures of a message, the same in every run."""
-        content = repr((self._book.keys[record.number][2:4], record.figures)).encode()
+        form = self._forms.get(number)
+        if form is None:
+            name = repr(self._book.keys[number][2:4]).replace("%", "%%")
+            form = self._forms[number] = f"({name}, (%d, %d, %d, %d, %d))"
+        content = (form % figures).encode()
         return int.from_bytes(blake2b(content, digest_size=8).digest(), "big", signed=True)
 
 
@@ -282,19 +309,25 @@ def identity(file: SourceFile, event: UsageEvent, *, in_session_files: bool) -> 
     `in_session_files`: the message can turn up in one too, where the start of the call (epoch milliseconds) names it.
     """
     if in_session_files:
-        since = event.timestamp - EPOCH
-        return (since.days * 86400 + since.seconds) * 1000 + (since.microseconds + 500) // 1000
+        return milliseconds(event.timestamp)
     if event.message_id:
         return event.message_id
     if file.source == "opencode":
         return f"{file.agent}:{event.event_id}"
     # pi's writer numbers its lines and starts over when it restarts: only with the time is that an identity.
-    return f"{file.agent}:{event.event_id}@{_second(event)}"
+    return f"{file.agent}:{event.event_id}@{seconds(event.timestamp)}"
 
 
-def _second(event: UsageEvent) -> int:
-    since = event.timestamp - EPOCH
+def seconds(at: datetime) -> int:
+    """The epoch second that a time is in."""
+    since = at - EPOCH
     return since.days * 86400 + since.seconds
+
+
+def milliseconds(at: datetime) -> int:
+    """The epoch millisecond that a time is nearest to: what names a message that began then."""
+    since = at - EPOCH
+    return (since.days * 86400 + since.seconds) * 1000 + (since.microseconds + 500) // 1000
 
 
 def _orphan(identity: int | str, record: Record) -> str:
