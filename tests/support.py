@@ -28,7 +28,7 @@ Samples = dict[tuple[str, frozenset[tuple[str, str]]], float]
 class Clock:
     """Epoch seconds that pass when the test says so. Starts after all recordings."""
 
-    now: float = 1_800_000_000.0
+    now: float = 2_600_000_000.0
 
     def __call__(self) -> float:
         return self.now

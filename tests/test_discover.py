@@ -2,20 +2,23 @@
 
 from __future__ import annotations
 
+import errno
 import os
 import time
+from contextlib import nullcontext
 from pathlib import Path
 from types import SimpleNamespace
 from typing import TYPE_CHECKING
 
 import pytest
 
-from coding_agent_exporter import discover
+from coding_agent_exporter import discover, listing
 from coding_agent_exporter.discover import Discovery, Found
 from coding_agent_exporter.model import Root
 
 if TYPE_CHECKING:
-    from collections.abc import Callable
+    from collections.abc import Callable, Iterator
+    from contextlib import AbstractContextManager
 
 LATER = time.time() + 1000
 """A clock long past every change that a test makes: listings are trusted at once."""
@@ -231,7 +234,8 @@ def test_names_in_any_language_are_text(tmp_path: Path) -> None:
 
 def system(patch: pytest.MonkeyPatch, **calls: Callable[..., object]) -> None:
     """Let discovery meet another operating system, and leave ours to everybody else."""
-    patch.setattr(discover, "os", SimpleNamespace(**{**vars(os), **calls}))
+    for module in (discover, listing):
+        patch.setattr(module, "os", SimpleNamespace(**{**vars(os), **calls}))
 
 
 def refusing(target: Path, real: Callable[..., object]) -> Callable[..., object]:
@@ -419,6 +423,83 @@ def test_a_file_system_without_times_is_listed_again_now_and_then(
     assert discovery.scan() is before
     now += 60
     assert len(discovery.scan().files) == 2
+
+
+def test_an_error_of_the_system_is_not_trusted_for_long(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """It leaves no trace in a directory's times when it passes: the next scan but a second later looks again."""
+    now, failing = LATER, [True]
+    for agent in "ab":
+        write(tmp_path / f"agents/{agent}/events/pi-coding/usage/events.jsonl")
+    place, seen = str(tmp_path / "agents/a/events/pi-coding/usage"), []
+
+    def scandir(path: str) -> object:
+        seen.append(path)
+        if path == place and failing[0]:
+            raise OSError(errno.EIO, "Input/output error")
+        return os.scandir(path)
+
+    system(monkeypatch, scandir=scandir)
+    discovery = Discovery([Root("usage", "u", tmp_path)], clock=lambda: now)
+    before = discovery.scan()
+    assert (len(before.files), [reason for _, _, reason in before.unreadable]) == (1, ["io"])
+    seen.clear()
+    for _ in range(100):
+        assert discovery.scan() is before
+    assert seen == [], "not at every scan"
+    failing[0], now = False, now + 1.1
+    found = discovery.scan()
+    assert (len(found.files), found.unreadable) == (2, [])
+    assert seen.count(place) == 1
+    assert len(seen) < 5, "only where the error was"
+
+
+def test_errors_everywhere_cost_a_bounded_share_of_time(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """With a thousand agents on a disk that fails, each is looked at again once in a few seconds."""
+    now, seen = LATER, []
+    for agent in range(1000):
+        (tmp_path / f"agents/{agent}/events").mkdir(parents=True)
+
+    def scandir(path: str) -> object:
+        if path.endswith("/events"):
+            seen.append(path)
+            raise OSError(errno.EIO, "Input/output error")
+        return os.scandir(path)
+
+    system(monkeypatch, scandir=scandir)
+    discovery = Discovery([Root("usage", "u", tmp_path)], clock=lambda: now)
+    for _ in range(60):
+        discovery.scan()
+        now += 1
+    assert 2_000 <= len(seen) <= 60 * 1000 / 5
+
+
+def test_a_clock_that_is_set_back_keeps_no_listing_alive(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """By a day, on a file system whose times never move: a new file is still found at once."""
+    now = LATER
+    freeze_times(monkeypatch, 0)
+    log = write(tmp_path / "agents/a/events/pi-coding/usage/events.jsonl")
+    discovery = Discovery([Root("usage", "u", tmp_path)], clock=lambda: now)
+    assert len(discovery.scan().files) == 1
+    write(log.with_name("events.jsonl.1"))
+    now -= 86_400
+    assert len(discovery.scan().files) == 2
+
+
+def test_what_is_renamed_while_it_is_listed_is_in_the_listing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A part gets another name between two reads of its directory, and would be under neither."""
+    log = write(tmp_path / "agents/a/events/pi-coding/usage/events.jsonl")
+    part, moved = write(log.with_name("events.jsonl.1")), log.with_name("events.jsonl.2")
+
+    def scandir(path: str) -> AbstractContextManager[Iterator[os.DirEntry[str]]]:
+        with os.scandir(path) as entries:
+            kept = list(entries)
+        if part.exists() and path == str(part.parent):
+            part.rename(moved)
+            kept = [entry for entry in kept if entry.name != part.name]
+        return nullcontext(iter(kept))
+
+    system(monkeypatch, scandir=scandir)
+    assert [file.path for file in usage(tmp_path).scan().files] == [moved, log]
 
 
 def test_junk_is_passed_over(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

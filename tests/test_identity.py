@@ -37,9 +37,9 @@ OTHER_UUID = "01a1fbd4-af17-7256-98fe-fe2bde52fc98"
 class World:
     """A machine with one usage root and one root of session files, and an exporter that can die at any time."""
 
-    def __init__(self, home: Path, *flags: str) -> None:
+    def __init__(self, home: Path, *flags: str, clock: Clock | None = None) -> None:
         self.home = home
-        self.clock = Clock()
+        self.clock = clock or Clock()
         self.usage, self.sessions = home / "mngr", home / "sessions"
         self.flags = ("--usage.root", f"m={self.usage}", "--sessions.dir", f"s={self.sessions}", *flags)
         self.pipeline = Pipeline(settings(home, *self.flags), clock=self.clock)

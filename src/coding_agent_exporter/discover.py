@@ -17,15 +17,13 @@ import time
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING
 
+from coding_agent_exporter.listing import Unit, is_dir, reason_of
 from coding_agent_exporter.model import Root, SourceFile
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator, Sequence
-
-RACY_SECONDS = 2.0
-"""A directory that changed this shortly before it was listed can change again under the same time stamp."""
 
 RELIST_SECONDS = 60.0
 """How long a listing is trusted. Some network and object-store mounts never change a directory's times."""
@@ -33,16 +31,18 @@ RELIST_SECONDS = 60.0
 RELIST_SECONDS_PER_UNIT = 0.05
 """Added to that for each unit: listing again costs the same share of time whatever their number."""
 
+RETRY_SECONDS = 1.0
+"""How long an error of the system (not a denied permission) is trusted: it can pass without a trace in any time."""
+
+RETRY_SECONDS_PER_UNIT = 0.005
+"""Added to that for each unit with one, as above."""
+
 SESSION_DEPTH = 4
 """Session files lie at most this many levels below their root."""
 
 _LOG = re.compile(r"events\.jsonl(?:\.([0-9]+))?")
 _STARTED = re.compile(r"(?<![^/])[0-9]{4}-[0-9]{2}-[0-9]{2}T[0-9-]+Z?_")
 _UNDATED = "~"  # sorts behind every date: a file that does not say when it began may be a copy of any other
-
-Reason = Literal["permission", "not_regular", "not_directory", "outside_root", "bad_name", "io"]
-Stamp = tuple[int, int, int]
-Entries = list[os.DirEntry[str]]
 
 
 @dataclass(frozen=True, slots=True)
@@ -52,12 +52,14 @@ class Found:
     `files`: usage logs before session files, a log's parts as they were written, a session before its forks.
     `watch`: existing directories in which a change may mean a new or a longer file. `unreadable`: each path
     once that should be an input and cannot be one, and why. `missing`: roots that do not exist (yet).
+    `inodes`: device and inode number of each of `files`.
     """
 
     files: list[SourceFile]
     watch: frozenset[Path]
     unreadable: list[tuple[Root, Path, str]]
     missing: list[Root]
+    inodes: list[tuple[int, int]] = field(default_factory=list)
 
 
 class Discovery:
@@ -88,130 +90,14 @@ class Discovery:
                     # Of two ways within a root, the longer one is the one through a link.
                     if other.root == file.root and len(file.path.parts) < len(other.path.parts):
                         known[identity] = file
+        ordered = sorted(known.items(), key=lambda item: (item[1].kind != "usage", item[1].order, item[1].path))
         return Found(
-            files=sorted(known.values(), key=lambda file: (file.kind != "usage", file.order, file.path)),
+            files=[file for _, file in ordered],
+            inodes=[inode for inode, _ in ordered],
             watch=frozenset(path for tree in self._trees for unit in tree.units() for path in unit.watch),
             unreadable=list(unreadable.values()),
             missing=[tree.root for tree in self._trees if not tree.exists],
         )
-
-
-@dataclass(slots=True)
-class _Unit:
-    """What was found in one place (this is what is compared), and what it rests on. `home`: the real root."""
-
-    home: str = field(compare=False)
-    now: float = field(compare=False)
-    expires: float = field(compare=False)
-    racy: bool = field(default=False, compare=False)
-    stale: bool = field(default=False, compare=False)
-    probes: list[tuple[str, Stamp | None]] = field(default_factory=list, compare=False)
-    files: list[tuple[tuple[int, int], SourceFile]] = field(default_factory=list)
-    watch: list[Path] = field(default_factory=list)
-    problems: list[tuple[Path, Reason]] = field(default_factory=list)
-    children: list[str] = field(default_factory=list)
-
-    def check(self, now: float) -> None:
-        """Find out whether what was found still holds."""
-        self.stale = True
-        if self.racy or now >= self.expires:
-            return
-        for path, stamp in self.probes:
-            try:
-                status = os.stat(path)
-            except OSError:
-                if stamp is not None:
-                    return
-            else:
-                # The change time moves with permissions too, and no backup can set it back.
-                if (status.st_mtime_ns, status.st_ctime_ns, status.st_ino) != stamp:
-                    return
-        self.stale = False
-
-    def stat(self, path: str) -> os.stat_result | None:
-        """Give the status of a directory; None when it is none, is not there, or lies outside of the root."""
-        try:
-            status = os.lstat(path)
-            if stat.S_ISLNK(status.st_mode):
-                status = os.stat(path)
-                if stat.S_ISDIR(status.st_mode) and not self.inside(path):
-                    self.problem(path, "outside_root")
-                    return None
-        except (FileNotFoundError, NotADirectoryError):
-            return None
-        except OSError as error:
-            self.problem(path, _reason(error))
-            return None
-        return status if stat.S_ISDIR(status.st_mode) else None
-
-    def rest_on(self, path: str, status: os.stat_result | None, *, watch: bool) -> None:
-        """Look at the unit again when this directory, as it was before it was looked into, has changed."""
-        stamp = None
-        if status is not None:
-            stamp = (status.st_mtime_ns, status.st_ctime_ns, status.st_ino)
-            self.racy = self.racy or max(stamp[:2]) > (self.now - RACY_SECONDS) * 1e9
-            if watch:
-                self.watch.append(Path(path))
-        self.probes.append((path, stamp))
-
-    def list(self, path: str, status: os.stat_result | None, *, watch: bool = True) -> Entries | None:
-        """List what may count in a directory: not hidden, with a proper name. None: cannot be listed."""
-        kept: Entries = []
-        if status is None:
-            return None
-        try:
-            with os.scandir(path) as entries:
-                for entry in entries:
-                    name = entry.name
-                    if name[0] == "." or (".jsonl" not in name and not _is_dir(entry)):
-                        continue
-                    if name.isascii() or name.encode(errors="ignore").decode() == name:
-                        kept.append(entry)
-                    else:
-                        self.problem(entry.path, "bad_name")
-        except (FileNotFoundError, NotADirectoryError):
-            return None
-        except OSError as error:
-            self.rest_on(path, status, watch=False)
-            self.problem(path, _reason(error))
-            return None
-        self.rest_on(path, status, watch=watch)
-        # Links last: what is also reachable without one is then listed under its own name.
-        kept.sort(key=lambda entry: (entry.is_symlink(), entry.name))
-        return kept
-
-    def file(self, entry: os.DirEntry[str]) -> os.stat_result | None:
-        """Give the status of a log; None when it is no regular file inside the root."""
-        try:
-            status = entry.stat()
-        except FileNotFoundError:
-            # Renamed since it was listed, or a link into nothing: the next scan finds out.
-            self.racy = self.racy or not entry.is_symlink()
-            self.rest_on(entry.path, None, watch=False)
-            return None
-        except OSError as error:
-            self.problem(entry.path, _reason(error))
-            return None
-        if entry.is_symlink():
-            # Where a link leads to can change without a change of the directory it is in.
-            self.rest_on(entry.path, status, watch=False)
-            if not self.inside(entry.path):
-                self.problem(entry.path, "outside_root")
-                return None
-        if not stat.S_ISREG(status.st_mode):
-            self.problem(entry.path, "not_regular")
-            return None
-        return status
-
-    def inside(self, path: str) -> bool:
-        try:
-            return os.path.join(os.path.realpath(path), "").startswith(self.home)
-        except OSError:  # what was a link a moment ago is none any more: realpath lets that out
-            return False
-
-    def problem(self, path: str, reason: Reason) -> None:
-        # A name that is not text must not get out, into a log line or a label that would fail on it.
-        self.problems.append((Path(os.fsencode(path).decode(errors="backslashreplace")), reason))
 
 
 class _Tree:
@@ -223,12 +109,13 @@ class _Tree:
         self.path = os.path.abspath(root.path)
         self._home = ""
         self._now = 0.0
+        self._failed = 0
         self._changed = False
-        self._top = _Unit("", 0.0, 0.0)
-        self._units: dict[str, _Unit] = {}
-        self._seen: dict[str, _Unit] = {}
+        self._top = Unit("", 0.0, 0.0)
+        self._units: dict[str, Unit] = {}
+        self._seen: dict[str, Unit] = {}
 
-    def units(self) -> Iterator[_Unit]:
+    def units(self) -> Iterator[Unit]:
         yield self._top
         yield from self._units.values()
 
@@ -239,9 +126,10 @@ class _Tree:
         except OSError:  # as in `inside`
             self._home = os.path.join(self.path, "")
         self._now, self._seen = now, {}
+        self._failed = sum(unit.failed for unit in self._units.values())
         for unit in self._units.values():
             unit.check(now)
-        top = _Unit(self._home, now, now)
+        top = Unit(self._home, now, now)
         self.exists = self._look_at_top(top)
         self._changed, self._top = top != self._top, top
         if not self._changed and not any(unit.stale for unit in self._units.values()):
@@ -255,20 +143,22 @@ class _Tree:
     def walk(self) -> None:
         """Visit every place below the root where logs can be."""
 
-    def visit(self, path: str, look: Callable[[_Unit, str], None]) -> _Unit:
+    def visit(self, path: str, look: Callable[[Unit, str], None]) -> Unit:
         """Give what is at `path`: what was found there before, while that still holds."""
         known = unit = self._units.get(path)
         if unit is None or unit.stale:
             # Spread, so that what was found together is not listed again all at once.
             spread = 0.5 + (len(self._seen) % 64) / 128
             lifetime = RELIST_SECONDS + RELIST_SECONDS_PER_UNIT * max(len(self._units), len(self._seen))
-            unit = _Unit(self._home, self._now, self._now + lifetime * spread)
+            unit = Unit(self._home, self._now, self._now + lifetime * spread)
             look(unit, path)
+            if unit.failed:
+                unit.expires = min(unit.expires, self._now + RETRY_SECONDS + RETRY_SECONDS_PER_UNIT * self._failed)
             self._changed = self._changed or unit != known
         self._seen[path] = unit
         return unit
 
-    def _look_at_top(self, top: _Unit) -> bool:
+    def _look_at_top(self, top: Unit) -> bool:
         place = self.path
         while True:
             try:
@@ -278,7 +168,7 @@ class _Tree:
                 place = os.path.dirname(place)
                 continue
             except OSError as error:
-                top.problems.append((Path(self.path), _reason(error)))
+                top.problems.append((Path(self.path), reason_of(error)))
                 return True
             if stat.S_ISDIR(status.st_mode):
                 top.watch.append(Path(place))
@@ -303,14 +193,14 @@ class _UsageTree(_Tree):
             if separator and agent:
                 self.visit(f"{preserved}/{name}", partial(self._look_at_agent, agent=agent, preserved=True))
 
-    def _look_at_parent(self, unit: _Unit, path: str) -> None:
+    def _look_at_parent(self, unit: Unit, path: str) -> None:
         above = unit.stat(self.path)
         entries = unit.list(path, unit.stat(path))
         if entries is None:
             unit.rest_on(self.path, above, watch=True)
-        unit.children = [entry.name for entry in entries or () if _is_dir(entry)]
+        unit.children = [entry.name for entry in entries or () if is_dir(entry)]
 
-    def _look_at_agent(self, unit: _Unit, path: str, *, agent: str, preserved: bool) -> None:
+    def _look_at_agent(self, unit: Unit, path: str, *, agent: str, preserved: bool) -> None:
         # Only the deepest directories that exist are watched and asked about again. Nobody writes any more to
         # what is preserved: no watch there.
         above, events = unit.stat(path), os.path.join(path, "events")
@@ -344,10 +234,10 @@ class _SessionTree(_Tree):
         for name in self.visit(self.path, self._look_at_root).children:
             self.visit(os.path.join(self.path, name), self._look_at_project)
 
-    def _look_at_root(self, unit: _Unit, path: str) -> None:
+    def _look_at_root(self, unit: Unit, path: str) -> None:
         unit.children = self._files_of(unit, path, unit.stat(path))
 
-    def _look_at_project(self, unit: _Unit, path: str) -> None:
+    def _look_at_project(self, unit: Unit, path: str) -> None:
         level = [path]
         known: set[tuple[int, int]] = set()  # against links that lead round in a circle
         for _ in range(2, SESSION_DEPTH + 1):
@@ -361,11 +251,11 @@ class _SessionTree(_Tree):
                     unit.rest_on(path, None, watch=False)
             level = below
 
-    def _files_of(self, unit: _Unit, path: str, status: os.stat_result | None) -> list[str]:
+    def _files_of(self, unit: Unit, path: str, status: os.stat_result | None) -> list[str]:
         """Take the session files in one directory, give the names of the directories in it."""
         directories = []
         for entry in unit.list(path, status) or ():
-            if _is_dir(entry):
+            if is_dir(entry):
                 directories.append(entry.name)
             elif entry.name.endswith(".jsonl") and (found := unit.file(entry)):
                 log = entry.path[len(self.path.rstrip("/")) + 1 :]
@@ -392,14 +282,3 @@ def _session_order(log: str) -> tuple[str, ...]:
     """Sort by the time in the name; what lies in a session's directory comes after the session itself."""
     started, name = _STARTED.search(log), log.removesuffix(".jsonl")
     return (name[started.start() :] if started else _UNDATED + name,)
-
-
-def _is_dir(entry: os.DirEntry[str]) -> bool:
-    try:
-        return entry.is_dir()
-    except OSError:  # a link that leads round in a circle, or through what may not be entered
-        return False
-
-
-def _reason(error: OSError) -> Reason:
-    return "permission" if isinstance(error, PermissionError) else "io"

@@ -6,6 +6,7 @@ import logging
 import os
 import re
 from collections import Counter
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
 from coding_agent_exporter import families
@@ -33,7 +34,22 @@ STEP_BYTES = 8 << 20
 MAX_WARNED = 10_000
 """So many paths are named in the log; the metrics go on counting."""
 
+MAX_LOOKS = 5
+"""So often a step lists again what was renamed since it was listed."""
+
 _TITLE = re.compile(rb'\s*\{\s*"type"\s*:\s*"title"')
+
+
+@dataclass(slots=True)
+class _Look:
+    """What one look at files found.
+
+    `changed`: those that are not as they were left, with (device, inode) and status. `moved`: paths where not the
+    listed file is, and what is there instead.
+    """
+
+    changed: list[tuple[SourceFile, tuple[int, int], os.stat_result]] = field(default_factory=list)
+    moved: set[tuple[str, tuple[int, int] | None]] = field(default_factory=set)
 
 
 class Inputs:
@@ -61,6 +77,7 @@ class Inputs:
         """When the lines that are being applied were written, as far as their file tells; epoch seconds."""
         self._registry = Registry(rows)
         self._files: dict[str, SourceFile] = {}
+        self._listed: dict[str, tuple[int, int]] = {}
         self._present: Counter[tuple[str, str, str]] = Counter()
         self._changed: dict[int, FileRow] = {}
         self._warned: set[tuple[str, str]] = set()
@@ -69,6 +86,8 @@ class Inputs:
         self._expired = 0.0
         self._rest: dict[str, SourceFile] = {}
         """What the budget of the step before did not reach: the next one goes on there."""
+        self._waited: set[tuple[str, str]] = set()
+        """The logs (root, log) that the step before did not read, for they were being renamed."""
 
     def reads_session(self, session: str) -> bool:
         """Whether a session file of this session is among what is read."""
@@ -82,21 +101,26 @@ class Inputs:
         self._now = now
         chosen = self._rest or (None if changes is None else self._choose(changes))
         states = Counter(self._present)
-        changed = [] if chosen is None else self._look(chosen, states)
-        if chosen is None or not all(self._is_same(file, inode) for file, inode, _ in changed):
+        look = _Look() if chosen is None else self._look(chosen, states)
+        if chosen is None or look.moved or not all(self._is_same(file, inode) for file, inode, _ in look.changed):
             # Where one file took the place of another, only a look at all tells what became of the one before.
-            self._discover(now)
-            chosen, states = self._files, Counter(self._present)
-            changed = self._look(chosen, states)
+            chosen, states, look = self._look_at_all(now, look.moved)
         lag: Counter[tuple[str, str]] = Counter()
-        rows = self._registry.resolve([(file, inode) for file, inode, _ in changed])
+        rows = self._registry.resolve([(file, inode) for file, inode, _ in look.changed])
+        waited, self._waited = self._waited, set()
         self._rest = {}
         only_look = budget <= 0
-        for (file, _, status), row in zip(changed, rows, strict=True):
+        for (file, inode, status), row in zip(look.changed, rows, strict=True):
             row.size, row.mtime = status.st_size, status.st_mtime
+            log = (file.root, file.log)
             try:
-                budget = self._read(file, row, budget)
+                if log not in self._waited:
+                    # What is never to be found as it was listed (numbers that are made up at each look) waits once.
+                    budget = self._read(file, row, budget, None if log in waited else inode)
             except Unreadable as error:
+                if error.reason == "vanished" and log not in waited and not only_look:
+                    # Renamed in between: what was in front of the rest of this log can be behind it now.
+                    self._waited.add(log)
                 self._note_unreadable(states, file, error.reason)
                 if error.reason != "permission":
                     continue  # perhaps a link out of the root: not even the size of what it leads to gets out
@@ -105,6 +129,8 @@ class Inputs:
                 lag[file.root, file.kind] += row.size - offset
                 if budget <= 0 and not only_look:
                     self._rest[str(file.path)] = file
+        if self._waited:
+            self._rest = self._files
         if chosen is self._files:
             self.states = dict(states)
         if changes is None:
@@ -141,6 +167,7 @@ class Inputs:
             return
         self.found, self._today = found, today
         self._files = {str(file.path): file for file in found.files}
+        self._listed = {str(file.path): inode for file, inode in zip(found.files, found.inodes, strict=True)}
         self._present = Counter((file.root, file.kind, "ok") for file in found.files)
         for root, path, reason in found.unreadable:
             self._present[root.alias, root.kind, "unreadable"] += 1
@@ -151,16 +178,28 @@ class Inputs:
                 if row.cursor is not None:
                     self._changed[id(row)] = row
 
-    def _look(
-        self, files: dict[str, SourceFile], states: Counter[tuple[str, str, str]]
-    ) -> list[tuple[SourceFile, tuple[int, int], os.stat_result]]:
-        """Those that are not as they were left: file, (device, inode) and status."""
-        changed = []
-        row_at = self._registry.row_at
+    def _look_at_all(
+        self, now: float, moved: set[tuple[str, tuple[int, int] | None]]
+    ) -> tuple[dict[str, SourceFile], Counter[tuple[str, str, str]], _Look]:
+        """List and look until nothing was renamed in between: a log would be read before its older part, and what the
+        part says then be taken for a replay. `moved` was seen before."""
+        for _ in range(MAX_LOOKS):
+            self._discover(now)
+            states = Counter(self._present)
+            look = self._look(self._files, states)
+            if look.moved <= moved:
+                break
+            moved = look.moved
+        return self._files, states, look
+
+    def _look(self, files: dict[str, SourceFile], states: Counter[tuple[str, str, str]]) -> _Look:
+        look = _Look()
+        row_at, listed = self._registry.row_at, self._listed
         for path, file in files.items():
             try:
                 status = os.stat(path)  # noqa: PTH116  every file, at every scrape: a Path would double the cost
             except FileNotFoundError:
+                look.moved.add((path, None))
                 continue
             except OSError as error:
                 self._note_unreadable(states, file, error.strerror or "io")
@@ -171,8 +210,11 @@ class Inputs:
                 at is None or at.offset != status.st_size or at.ino != status.st_ino or at.dev != status.st_dev
                 or at.changed not in {0, status.st_ctime_ns}
             ):
-                changed.append((file, (status.st_dev, status.st_ino), status))
-        return changed
+                inode = (status.st_dev, status.st_ino)
+                look.changed.append((file, inode, status))
+                if listed.get(path) != inode:
+                    look.moved.add((path, inode))
+        return look
 
     def _note_unreadable(self, states: Counter[tuple[str, str, str]], file: SourceFile, reason: str) -> None:
         states[file.root, file.kind, "ok"] -= 1
@@ -180,11 +222,11 @@ class Inputs:
             states[file.root, file.kind, "unreadable"] += 1
             self.warn(str(file.path), reason)
 
-    def _read(self, file: SourceFile, row: FileRow, budget: int) -> int:
+    def _read(self, file: SourceFile, row: FileRow, budget: int, inode: tuple[int, int] | None) -> int:
         """Read one file to its end, or until the budget is used up. Returns what is left of the budget."""
         within = self._roots[file.kind, file.root]
         while budget > 0:
-            chunk = self._tail.read(file.path, row.cursor, within)
+            chunk = self._tail.read(file.path, row.cursor, within, inode)
             if chunk is None:
                 break
             if chunk.restarted:
@@ -196,6 +238,7 @@ class Inputs:
             before = 0 if row.cursor is None or chunk.restarted else row.cursor.offset
             self._count(file, chunk, data, cursor.offset - before)
             if data:
+                self._ledger.written = chunk.cursor.changed / 1e9
                 self._apply(file, row, data)
             moved = cursor != row.cursor
             row.cursor, row.size = cursor, chunk.size

@@ -90,10 +90,13 @@ class Tail:
         # Used again and again: the allocator would give so much memory back at once, to get it anew page by page.
         self._buffer = bytearray(WINDOW + self._chunk_bytes)
 
-    def read(self, path: Path | str, cursor: Cursor | None, within: Path | None = None) -> Chunk | None:
+    def read(
+        self, path: Path | str, cursor: Cursor | None, within: Path | None = None, inode: tuple[int, int] | None = None,
+    ) -> Chunk | None:
         """Give the lines after `cursor` (None: from the start), or None when the file has not grown.
 
-        With `within`, the file must lie below that directory after resolving links. Raises Unreadable.
+        With `within`, the file must lie below that directory after resolving links; with `inode`, be that one: another
+        one there is as good as vanished. Raises Unreadable.
         A file that was rewritten, to the very size it had, while nobody was reading it (a cursor that does
         not know when its file last changed) is noticed when it next grows.
         """
@@ -108,6 +111,8 @@ class Tail:
             try:
                 status = os.fstat(descriptor)
                 _require_regular(status, path)
+                if inode is not None and inode != (status.st_dev, status.st_ino):
+                    raise Unreadable("vanished", path)
                 return self._read(descriptor, status, cursor)
             finally:
                 os.close(descriptor)

@@ -150,6 +150,8 @@ class Ledger:
         """Told of every event of a message that is neither a copy nor a replay, where spans are made of them."""
         self.now = math.inf
         """Epoch seconds; whoever applies events says what time it is."""
+        self.written = 0.0
+        """Epoch seconds, by the file system's clock, at which the file that is being applied last changed."""
         self.rejected: Counter[tuple[str, str, str]] = Counter()
         self.rate_limits = rate_limits or {}
         self._limits_changed = False
@@ -174,17 +176,18 @@ class Ledger:
         restored). Returns whether that is still so: false once an event came that was never seen.
         """
         agent = file.agent if self._agent_label else ""
+        now = max(self.now, self.written)
         if file.source in INCREMENTAL:
             self._apply_messages(file, events, agent)
         elif file.source in CUMULATIVE:
             for event in events:
                 key = _key("codex", file.source, event.session_id)
-                if self._codex.apply(self._account(key, Codex), file, event, agent, now=self.now):
+                if self._codex.apply(self._account(key, Codex), file, event, agent, now=now):
                     self._dirty.add(key)
         else:
             key = _key("process", file.source, file.agent)
             process = self._account(key, Process)
-            replay, skipped, sessions = self._processes.apply(process, file, events, agent, replay=replay, now=self.now)
+            replay, skipped, sessions = self._processes.apply(process, file, events, agent, replay=replay, now=now)
             self._dirty.add(key)
             if skipped:
                 self.rejected[file.root, file.kind, "replayed"] += skipped

@@ -35,7 +35,15 @@ MAX_RECENT = 4096
 _PARTS = (REPORTED, ESTIMATED, UNPRICED, INPUT, OUTPUT, CACHE_READ, CACHE_CREATION)
 
 CLOCK_ERROR = 3600
-"""Seconds by which the clocks of an agent and of this exporter may differ."""
+"""Seconds by which an agent's clock may be ahead of the time by which its log was written.
+
+What is older than the latest reading is a replay, so one reading from the future would make replays of all that follow.
+How late it can have been is said by two clocks that do not depend on what the log says: the exporter's, and the file
+system's that stamped the file's last change. `now` is the later of the two. If one of them is behind, the other is
+right, and a true reading is never held to be from the future; an agent's reading is later than both only where its own
+clock is wrong. Where the latest reading is later than both (a clock that was ahead has been put right) its time proves
+nothing any more: what is a replay, the totals themselves then say.
+"""
 
 
 class Codex(msgspec.Struct, array_like=True, tag=2):
@@ -88,12 +96,15 @@ class CodexRules:
         self._estimate = estimate
 
     def apply(self, session: Codex, file: SourceFile, event: UsageEvent, agent: str, *, now: float) -> bool:
-        """Count one reading. Returns whether the account changed."""
-        second = int(min(event.timestamp.timestamp(), now + CLOCK_ERROR))
+        """Count one reading. Returns whether the account changed. `now`: see CLOCK_ERROR."""
+        latest = now + CLOCK_ERROR
+        second = int(min(event.timestamp.timestamp(), latest))
         name = event.event_id or repr(event.tokens)
-        if second < session.last or (second == session.last and name in session.recent):
+        if session.last <= latest and (
+            second < session.last or (second == session.last and name in session.recent)
+        ):
             return False
-        if second > session.last:
+        if second != session.last:
             session.recent = []
         if len(session.recent) < MAX_RECENT:
             session.recent.append(name)
@@ -172,9 +183,9 @@ class ProcessRules:
         """Count readings in the order of the log.
 
         Returns whether the file still replays what is known, how many events were skipped for that, and the
-        sessions that were seen, each with its label set number and epoch second.
+        sessions that were seen, each with its label set number and epoch second. `now`: see CLOCK_ERROR.
         """
-        skipped = 0
+        skipped, latest = 0, now + CLOCK_ERROR
         path = str(file.path)
         if process.writer not in {"", path}:
             # Another file of the same log: a copy of it on its way to another place, or what was rotated away.
@@ -182,22 +193,26 @@ class ProcessRules:
         sessions: dict[str, tuple[int, int]] = {}
         for event in events:
             second = int(event.timestamp.timestamp())
-            # A clock that was wrong once must not make replays of all that is yet to come.
-            order = min(second, now + CLOCK_ERROR)
+            order = int(min(second, latest))
             name = event.event_id or f"{event.session_id}|{event.cost}"
             if replay:
-                if order < process.last or (order == process.last and name in process.recent):
+                if process.last > latest:
+                    reading = _reading(event)
+                    seen = reading is None or reading in process.readings
+                else:
+                    seen = order < process.last or (order == process.last and name in process.recent)
+                if seen:
                     skipped += 1
                     continue
                 replay = False
             process.writer = path
-            if order > process.last:
-                process.last = int(order)
+            if order > process.last or process.last > latest:
+                process.last = order
                 process.recent = []
             if order == process.last and len(process.recent) < MAX_RECENT:
                 process.recent.append(name)
-            if event.cost is not None and event.cost.total_cost_usd is not None:
-                self._read(process, file, event, round(event.cost.total_cost_usd * PICO), second, agent)
+            if (reading := _reading(event)) is not None:
+                self._read(process, file, event, reading, second, agent)
             else:
                 self._set_mode(process, file, event, second, agent)
             if event.session_id not in sessions:
@@ -242,6 +257,13 @@ class ProcessRules:
 
     def _number(self, file: SourceFile, model: str | None, process: Process, agent: str) -> int:
         return self._book.number(file.root, file.source, model, _mode(process), agent)
+
+
+def _reading(event: UsageEvent) -> int | None:
+    """The running total that an event shows, in pico-USD."""
+    if event.cost is None or event.cost.total_cost_usd is None:
+        return None
+    return round(event.cost.total_cost_usd * PICO)
 
 
 def _mode(process: Process) -> str:
