@@ -13,6 +13,7 @@ from coding_agent_exporter import families
 from coding_agent_exporter.decode import session as session_files
 from coding_agent_exporter.decode import turns as turn_lines
 from coding_agent_exporter.decode import usage as usage_logs
+from coding_agent_exporter.decode.lines import whole
 from coding_agent_exporter.discover import Discovery, Found
 from coding_agent_exporter.ledger import Ledger, SessionMeta
 from coding_agent_exporter.registry import Registry
@@ -233,8 +234,11 @@ class Inputs:
                 row.replay, row.source, row.session, row.created, row.parent = True, file.source, "", 0, ""
                 self.stats[families.RESTARTED.name, (file.root, file.kind)] += 1
             data, cursor = chunk.data, chunk.cursor
-            if chunk.partial and chunk.eof and usage_logs.complete(chunk.partial):
-                data, cursor = data + chunk.partial, accept_partial(chunk)
+            if chunk.partial and chunk.eof:
+                chunk.partial = chunk.partial[:whole(chunk.partial)]
+                cursor = accept_partial(chunk)
+                if cursor != chunk.cursor:
+                    data += chunk.partial
             before = 0 if row.cursor is None or chunk.restarted else row.cursor.offset
             self._count(file, chunk, data, cursor.offset - before)
             if data:

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING
 
 from coding_agent_exporter.decode import session as session_files
 from coding_agent_exporter.decode import usage as usage_logs
+from coding_agent_exporter.decode.lines import whole
 from coding_agent_exporter.discover import Discovery
 from coding_agent_exporter.heartbeat import InstanceDir
 from coding_agent_exporter.model import Root, RootReport, SessionMessage
@@ -43,8 +44,8 @@ def _logs(root: Root, settings: Settings) -> RootReport:
         try:
             while (chunk := tail.read(file.path, cursor, root.path)) is not None:
                 data = chunk.data
-                if chunk.eof and usage_logs.complete(chunk.partial):
-                    data += chunk.partial
+                if chunk.eof:
+                    data += chunk.partial[:whole(chunk.partial)]
                 if root.kind == "usage":
                     events, wrong = usage_logs.decode(data)
                     accepted += len(events)

@@ -171,9 +171,9 @@ class Tail:
 def accept_partial(chunk: Chunk) -> Cursor:
     """Give the cursor after `chunk.data` and `chunk.partial`.
 
-    For a caller who found that the unterminated last line is a whole JSON object, left by a writer that died
-    before its newline. If the newline comes after all, it is read as an empty line; an object that another
-    writer appends right behind is read as a line of its own. A title record waits for its newline: there is
+    For a caller who cut `partial` to what is whole JSON objects, left by writers that died before their newline.
+    If the newline comes after all, it is read as an empty line; an object that another writer appends right behind
+    is read as a line of its own. A title record waits for its newline: there is
     nothing in it to count, and only the newline tells how many bytes are exempt.
     """
     cursor, partial = chunk.cursor, chunk.partial

@@ -12,7 +12,7 @@ from typing import Any
 
 import msgspec
 
-from coding_agent_exporter.decode.lines import MALFORMED, decode_line
+from coding_agent_exporter.decode.lines import MALFORMED, decode_line, objects
 from coding_agent_exporter.model import MAX_COUNT, PICO, SessionCompaction, SessionHeader, SessionMessage, SessionRecord
 
 MAX_MS = 253_402_300_800_000
@@ -56,16 +56,27 @@ def decode(data: bytes) -> tuple[list[SessionRecord], Counter[str]]:
             continue
         try:
             entry = decode_line(_decoder.decode, line)
-        except msgspec.ValidationError:
-            rejected["not_object"] += 1
-            continue
         except MALFORMED:
-            rejected["not_json"] += 1
+            for piece in objects(line):
+                records += _odd(piece, rejected)
             continue
         record = _record(entry, rejected)
         if record is not None:
             records.append(record)
     return records, rejected
+
+
+def _odd(line: bytes, rejected: Counter[str]) -> list[SessionRecord]:
+    try:
+        entry = decode_line(_decoder.decode, line)
+    except msgspec.ValidationError:
+        rejected["not_object"] += 1
+        return []
+    except MALFORMED:
+        rejected["not_json"] += 1
+        return []
+    record = _record(entry, rejected)
+    return [] if record is None else [record]
 
 
 def session_key(name: str) -> str:

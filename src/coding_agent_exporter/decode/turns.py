@@ -12,7 +12,7 @@ from typing import Any
 
 import msgspec
 
-from coding_agent_exporter.decode.lines import MALFORMED, decode_line
+from coding_agent_exporter.decode.lines import MALFORMED, decode_line, objects
 from coding_agent_exporter.decode.session import MAX_MS, cost_of, iso_ms, session_key, tokens_of
 from coding_agent_exporter.turnmodel import (
     STOPS,
@@ -101,7 +101,13 @@ def decode(data: bytes) -> tuple[list[Record], int]:
             entry = decode_line(_entry.decode, line)
             record = _record(entry)
         except MALFORMED:
-            rejected += 1
+            pieces = objects(line)
+            if len(pieces) == 1:
+                rejected += 1
+                continue
+            more, wrong = decode(b"\n".join(pieces))
+            records += more
+            rejected += wrong
             continue
         if record is not None:
             records.append(record)

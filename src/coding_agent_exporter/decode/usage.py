@@ -1,7 +1,7 @@
 """Takes whole lines of a usage log from tail, gives typed events to the ledger and a count of what was rejected.
 
-The fast path decodes a chunk in one call; it is strict, so that a chunk with anything odd in it falls back to
-line by line, and a line that is odd to field by field, where only what is malformed is dropped.
+The fast path decodes the lines of a chunk in one go; it is strict, so that a chunk with anything odd in it is gone
+through again, and a line that is odd field by field, where only what is malformed is dropped.
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ from typing import Any
 
 import msgspec
 
-from coding_agent_exporter.decode.lines import MALFORMED, decode_line
+from coding_agent_exporter.decode.lines import MALFORMED, decode_each, decode_line, objects
 from coding_agent_exporter.model import MAX_COUNT, Cost, Tokens, UsageEvent
 
 _strict = msgspec.json.Decoder(UsageEvent)
@@ -28,7 +28,7 @@ def decode(data: bytes) -> tuple[list[UsageEvent], Counter[str]]:
     `other_type`, `no_session`, `bad_timestamp` drop the line; `bad_cost` and `bad_tokens` only that block.
     """
     try:
-        return _strict.decode_lines(data), Counter()
+        return decode_each(_strict.decode, data), Counter()
     except MALFORMED:
         pass
     events: list[UsageEvent] = []
@@ -39,28 +39,16 @@ def decode(data: bytes) -> tuple[list[UsageEvent], Counter[str]]:
         try:
             events.append(decode_line(_strict.decode, line))
         except MALFORMED:
-            events += _glued(line) or _lenient(line, rejected)
+            for piece in objects(line):
+                events += _odd(piece, rejected)
     return events, rejected
 
 
-def complete(data: bytes) -> bool:
-    """Whether an unterminated last line is nevertheless a whole JSON object (its writer died before the newline)."""
-    if not data.rstrip().endswith(b"}"):
-        return False
+def _odd(line: bytes, rejected: Counter[str]) -> list[UsageEvent]:
     try:
-        return isinstance(decode_line(_loose.decode, data), dict)
+        return [decode_line(_strict.decode, line)]
     except MALFORMED:
-        return False
-
-
-def _glued(line: bytes) -> list[UsageEvent]:
-    """The events of a line that holds several: a writer died before its newline, and the next one wrote on."""
-    if b"}{" not in line:
-        return []
-    try:
-        return _strict.decode_lines(line)
-    except MALFORMED:
-        return []
+        return _lenient(line, rejected)
 
 
 def _lenient(line: bytes, rejected: Counter[str]) -> list[UsageEvent]:
