@@ -71,8 +71,8 @@ def _health(board: Board) -> None:
                decimals=0, width=3),
         number("Dropped spans", "Spans that will never arrive, in the time range. Red from 1 on.",
                grew("spans_dropped_total"), unit="short", empty=NO_EXPORTER, thresholds=BAD, decimals=0, width=3),
-        number("Dropped series", ("Times that usage was counted under model=other in the time range, because of "
-                                  "--counters.max-series. Orange from 1 on."),
+        number("Dropped series", ("Times that a name was left out of a label in the time range, because there were too "
+                                  "many: model=other, tool=other. Orange from 1 on."),
                grew("series_dropped_total"), unit="short", empty=NO_EXPORTER, thresholds=ODD, decimals=0, width=3),
         number("Polling", ("Exporters without file change notification: they poll, which costs processor time and "
                            "shortest peaks. Orange from 1 on."),

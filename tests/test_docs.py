@@ -35,7 +35,7 @@ VALUES = {
     "cost_mode": {"api_key", "subscription"},
     "provenance": {"reported", "estimated"},
     "token_type": {"input", "output", "cache_read", "cache_creation"},
-    "state": {"ok", "unreadable", "invalid"},
+    "state": set(families.FILE_STATES),
     "outcome": {"ok", "failed", "error", "unknown"},
 }
 """Labels with a closed set of values."""

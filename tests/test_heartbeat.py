@@ -198,7 +198,8 @@ def test_only_what_changed_is_reported(folder: InstanceDir) -> None:
     put(folder, "77.json", changed())
     put(folder, "78.json", process(pid=78))
     first = folder.scan()
-    assert (names(first), first.states) == (["77.json", "78.json"], {"ok": 2, "unreadable": 0, "invalid": 0})
+    assert names(first) == ["77.json", "78.json"]
+    assert first.states == {"ok": 2, "unreadable": 0, "invalid": 0, "ignored": 0}
     assert dict(first.changed)["77.json"] == parse(changed())
     put(folder, "78.json", process(pid=78, updatedAt=1795225191000))
     second = folder.scan()
@@ -271,7 +272,7 @@ def test_a_directory_that_cannot_be_listed_keeps_its_files(folder: InstanceDir,
     assert (first.present, first.rejected) == (here, [Rejected("unreadable")])
     assert (second.present, second.rejected) == (here, [])
     monkeypatch.undo()
-    assert folder.scan() == Scan(present=here, states={"ok": 1, "unreadable": 0, "invalid": 0})
+    assert folder.scan() == Scan(present=here, states={"ok": 1, "unreadable": 0, "invalid": 0, "ignored": 0})
 
 
 def test_a_torn_file_counts_once_and_is_read_when_it_is_whole(folder: InstanceDir) -> None:
@@ -408,3 +409,33 @@ def test_an_unreadable_file_is_tried_again(folder: InstanceDir, monkeypatch: pyt
     assert first.present == frozenset({"77.json"})
     assert second.rejected == []
     assert names(folder.scan()) == ["77.json"]
+
+
+def test_only_the_freshest_files_are_followed_and_the_rest_is_counted(tmp_path: Path) -> None:
+    """Thousands of files that dead agents left, or that somebody made up, cost no more than the bound."""
+    directory = InstanceDir(Root("telemetry", "t", tmp_path), max_files=10)
+
+    def write(pid: int, second: int) -> None:
+        path = tmp_path / f"{pid}.json"
+        path.write_bytes(process(pid=pid))
+        os.utime(path, (second, second))
+
+    for pid in range(1, 26):
+        write(pid, 1_000 + pid)
+    found = directory.scan()
+    assert found.present == {f"{pid}.json" for pid in range(16, 26)}
+    assert (found.states["ok"], found.states["ignored"]) == (10, 15)
+    assert [rejected.reason for rejected in found.rejected] == ["too_many"]
+    assert found.paths == [str(tmp_path)]
+    write(1, 1_070)  # an agent that is a little fresher takes no place of one that may be alive
+    assert directory.scan().present == found.present
+    assert directory.scan().rejected == []
+    write(1, 1_077)  # the oldest has been silent for more than a minute by then
+    found = directory.scan()
+    assert found.present == {"1.json", *(f"{pid}.json" for pid in range(17, 26))}
+    assert [name for name, _ in found.changed] == ["1.json"]
+    for pid in range(2, 17):
+        (tmp_path / f"{pid}.json").unlink()
+    assert directory.scan().states["ignored"] == 0
+    write(2, 1_000)
+    assert directory.scan().rejected[0].reason == "too_many"

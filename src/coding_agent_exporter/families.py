@@ -117,9 +117,11 @@ SCRAPE_SECONDS = Family("coding_agent_exporter_last_scrape_duration_seconds", "g
 STEPS = Family("coding_agent_exporter_steps_total", "counter", (), "Steps of the pipeline.")
 STEP_SECONDS = Family("coding_agent_exporter_step_seconds_total", "counter", (),
                       "Time spent in steps of the pipeline.", scale=10**9)
+FILE_STATES = ("ok", "unreadable", "invalid", "ignored")
 SOURCE_FILES = Family("coding_agent_exporter_files", "gauge", ("root", "kind", "state"),
                       "Files below the configured directories. state: ok, unreadable (permission, not a regular file, "
-                      "a link out of the directory), invalid (heartbeats only: not a document this exporter knows).")
+                      "a link out of the directory); of heartbeats also invalid (not a document this exporter knows) and "
+                      "ignored (one too many).")
 BYTES_READ = Family("coding_agent_exporter_read_bytes_total", "counter", ("root", "kind"), "Bytes consumed from logs.")
 LINES_READ = Family("coding_agent_exporter_read_lines_total", "counter", ("root", "kind"),
                     "Lines consumed from logs, accepted or not.")
@@ -132,8 +134,12 @@ COMMITS = Family("coding_agent_exporter_store_commits_total", "counter", ("outco
                  "Commits to the state file, by outcome. While they fail, counters stand still and nothing is lost.")
 STATE_BYTES = Family("coding_agent_exporter_store_size_bytes", "gauge", (), "Size of the state file.")
 SERIES = Family("coding_agent_exporter_series", "gauge", (), "Counter series held.")
-SERIES_DROPPED = Family("coding_agent_exporter_series_dropped_total", "counter", (),
-                        "Times that usage was counted under model=other because the cap on label sets was reached.")
+LEFT_OUT = ("usage", "turn_models", "tools", "rate_limit_windows")
+"""What the names were of that are left out of labels: the values of `reason` of the next family."""
+SERIES_DROPPED = Family("coding_agent_exporter_series_dropped_total", "counter", ("reason",),
+                        "Times that a name was left out of a label because there were too many of its kind. reason: "
+                        "usage and turn_models (counted under model=other), tools (under tool=other), "
+                        "rate_limit_windows (not shown).")
 OVERSHOOT = Family("coding_agent_exporter_cost_overshoot_usd", "gauge", (),
                    "Money shown but since corrected downwards by the logs: counters never go down, they wait for new "
                    "spend to catch up.", scale=10**12)

@@ -6,6 +6,7 @@ the directory may put anything there: only regular files of a bounded size are r
 
 from __future__ import annotations
 
+import heapq
 import os
 import re
 import stat
@@ -14,10 +15,11 @@ from hashlib import blake2b
 from typing import TYPE_CHECKING
 
 from coding_agent_exporter.decode.heartbeat import parse
+from coding_agent_exporter.families import FILE_STATES
 from coding_agent_exporter.model import Heartbeat, Rejected, Root
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterable
+    from collections.abc import Callable, Iterable, Iterator
 
     from coding_agent_exporter.instances import Instances
 
@@ -28,6 +30,12 @@ _OPEN = os.O_RDONLY | os.O_NONBLOCK | os.O_NOFOLLOW | os.O_CLOEXEC
 
 MAX_BYTES = 1 << 20
 
+MAX_FILES = 1000
+"""So many instance files of a directory are followed."""
+
+TENURE = 60 * 10**9
+"""A file that is followed gives way only to one that was written so much later (ns): those of living agents stay."""
+
 _Stat = tuple[int, int, int]
 
 
@@ -35,14 +43,15 @@ _Stat = tuple[int, int, int]
 class Scan:
     """What one look at the directory found.
 
-    `states` counts the files now present: `ok`, `unreadable` (permission, not regular, too large), `invalid`.
+    `states` counts the files now present: `ok`, `unreadable` (permission, not regular, too large), `invalid`, and
+    `ignored` (one too many).
     `rejected` holds what is newly wrong: a bad file counts once per distinct content, not once per scan. `paths` are
     those that it is about, in the same order.
     """
 
     changed: list[tuple[str, Heartbeat]] = field(default_factory=list)
     present: frozenset[str] = frozenset()
-    states: dict[str, int] = field(default_factory=lambda: {"ok": 0, "unreadable": 0, "invalid": 0})
+    states: dict[str, int] = field(default_factory=lambda: dict.fromkeys(FILE_STATES, 0))
     rejected: list[Rejected] = field(default_factory=list)
     paths: list[str] = field(default_factory=list)
 
@@ -58,13 +67,15 @@ class _Known:
 
 
 class InstanceDir:
-    """The instance files of one root. Not thread-safe."""
+    """The instance files of one root, the `max_files` that were written last. Not thread-safe."""
 
-    def __init__(self, root: Root, max_bytes: int = MAX_BYTES) -> None:
+    def __init__(self, root: Root, max_bytes: int = MAX_BYTES, max_files: int = MAX_FILES) -> None:
         self.root = root
         self._max_bytes = max_bytes
+        self._max_files = max_files
         self._known: dict[str, _Known] = {}
         self._complaint = ""
+        self._crowded = False
 
     def scan(self) -> Scan:
         """Look once. A file that is unchanged since it was read (inode, mtime, size) is not opened again.
@@ -72,15 +83,15 @@ class InstanceDir:
         A missing directory is an empty one. A directory that cannot be listed now keeps the files it had:
         they have not been seen to go. A file that cannot be opened is tried again on every scan, one that was
         read and is no good only when it has changed. Rejected reasons: those of `decode.heartbeat.parse`,
-        `too_large`, `not_regular`, `unreadable`, `wrong_pid` (the name says another pid: a copy).
+        `too_large`, `not_regular`, `unreadable`, `wrong_pid` (the name says another pid: a copy), `too_many` (once,
+        while there are files that are not followed).
         """
         found = Scan()
         names: set[str] = set()
         try:
             with os.scandir(self.root.path) as entries:
-                for entry in entries:
-                    if _NAME.fullmatch(entry.name):
-                        self._look(entry, names, found)
+                for entry, status in self._latest(entries, found):
+                    self._look(entry, status, names, found)
         except (FileNotFoundError, NotADirectoryError):
             names.clear()
             self._complaint = ""
@@ -99,12 +110,34 @@ class InstanceDir:
         found.present = frozenset(names)
         return found
 
-    def _look(self, entry: os.DirEntry[str], names: set[str], found: Scan) -> None:
+    def _latest(
+        self, entries: Iterable[os.DirEntry[str]], found: Scan
+    ) -> list[tuple[os.DirEntry[str], os.stat_result]]:
+        """The instance files with their status, without those that are too many."""
+        count = 0
+
+        def ranked() -> Iterator[tuple[int, str, os.DirEntry[str], os.stat_result]]:
+            nonlocal count
+            for entry in entries:
+                if _NAME.fullmatch(entry.name):
+                    try:
+                        status = entry.stat(follow_symlinks=False)
+                    except FileNotFoundError:
+                        continue
+                    count += 1
+                    tenure = TENURE if entry.name in self._known else 0
+                    yield status.st_mtime_ns + tenure, entry.name, entry, status
+
+        latest = heapq.nlargest(self._max_files, ranked(), key=lambda file: file[:2])
+        found.states["ignored"] = count - len(latest)
+        if count > len(latest) and not self._crowded:
+            found.rejected.append(Rejected("too_many"))
+            found.paths.append(str(self.root.path))
+        self._crowded = count > len(latest)
+        return [(entry, status) for _, _, entry, status in latest]
+
+    def _look(self, entry: os.DirEntry[str], status: os.stat_result, names: set[str], found: Scan) -> None:
         name = entry.name
-        try:
-            status = entry.stat(follow_symlinks=False)
-        except FileNotFoundError:
-            return
         known = self._known.get(name)
         if known is None or known.version != _version(status):
             known = known or _Known(None)

@@ -81,7 +81,7 @@ class Inputs:
         self._listed: dict[str, tuple[int, int]] = {}
         self._present: Counter[tuple[str, str, str]] = Counter()
         self._changed: dict[int, FileRow] = {}
-        self._warned: set[tuple[str, str]] = set()
+        self._warned: set[int] = set()
         self._sessions: set[str] = {row.session for row in self._registry if row.session}
         self._today = 0
         self._expired = 0.0
@@ -286,6 +286,7 @@ class Inputs:
 
     def warn(self, path: str, reason: str) -> None:
         """Say it once for each path: the metrics say it all the time."""
-        if (path, reason) not in self._warned and len(self._warned) < MAX_WARNED:
-            self._warned.add((path, reason))
+        known = hash((path, reason))
+        if known not in self._warned and len(self._warned) < MAX_WARNED:
+            self._warned.add(known)
             log.warning("cannot read input", extra={"fields": {"path": path, "reason": reason}})

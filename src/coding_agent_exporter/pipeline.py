@@ -308,7 +308,8 @@ class Pipeline:
             internal[name, labels] = internal.get((name, labels), 0) + amount / families.BY_NAME[name].scale
         for labels, times in self._ledger.rejected.items():
             internal[families.REJECTED.name, labels] = internal.get((families.REJECTED.name, labels), 0) + times
-        internal[families.SERIES_DROPPED.name, ()] = self._ledger.book.overflowed
+        for what in families.LEFT_OUT:
+            internal[families.SERIES_DROPPED.name, (what,)] = self._ledger.book.overflowed[what]
         for why, dropped in self.outbox.dropped.items():
             internal[families.SPANS_DROPPED.name, (why,)] = dropped
         gauges: dict[tuple[str, tuple[str, ...]], float] = {
@@ -320,7 +321,7 @@ class Pipeline:
         }
         files = {**self._states, **self.inputs.states}
         for root in self.settings.roots:
-            for state in ("ok", "unreadable", *(("invalid",) if root.kind == "telemetry" else ())):
+            for state in families.FILE_STATES if root.kind == "telemetry" else ("ok", "unreadable"):
                 where = (root.alias, root.kind, state)
                 gauges[families.SOURCE_FILES.name, where] = files.get(where, 0)
             if root.kind != "telemetry":

@@ -266,6 +266,7 @@ class Runs:
         known = self._tools.setdefault((root, source), set())
         name = clean(name)
         if name not in known and len(known) >= MAX_TOOLS:
+            self._book.overflowed["tools"] += 1
             return OTHER
         known.add(name)
         return name
@@ -277,6 +278,7 @@ class Runs:
             provider, model = (before, after) if slash else (provider, model)
         labels = (root, source, clean(provider), clean(model))
         if labels not in self._models and len(self._models) >= self._max_models:
+            self._book.overflowed["turn_models"] += 1
             return OTHER, OTHER
         self._models.add(labels)
         return labels[2], labels[3]

@@ -125,9 +125,9 @@ def _roots(pipeline: Pipeline, snapshot: Snapshot) -> tuple[RootRow, ...]:
     for root in pipeline.settings.roots:
         states = {
             state: int(snapshot.gauges.get((families.SOURCE_FILES.name, (root.alias, root.kind, state)), 0))
-            for state in ("ok", "unreadable", "invalid")
+            for state in families.FILE_STATES
         }
-        problems = [f"{states[state]} {state}" for state in ("unreadable", "invalid") if states[state]]
+        problems = [f"{states[state]} {state}" for state in families.FILE_STATES[1:] if states[state]]
         files = "file" if states["ok"] == 1 else "files"
         rows.append(RootRow(
             root.kind, root.alias, str(root.path), root.path.is_dir(), f"{states['ok']} {files}", ", ".join(problems)

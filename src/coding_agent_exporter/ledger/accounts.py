@@ -58,6 +58,9 @@ PI = "pi"
 
 ORPHANS = "orphans"
 
+MAX_WINDOWS = 100
+"""So many rate-limit windows are shown; those that are over make room."""
+
 Observer = Callable[[SourceFile, str, str, UsageEvent, UsageEvent | None, bool], None]
 """File, session, message, event, the session's next event if it is known, and whether it is the message's first."""
 
@@ -376,13 +379,23 @@ class Ledger:
                 at = event.timestamp.timestamp()
                 for window, value in event.rate_limits.items():
                     limit = _rate_limit(value, at)
-                    key = (file.root, file.source, window[: slots.MAX_LABEL])
-                    if limit is not None and (key in self.rate_limits or len(self.rate_limits) < 100):
-                        known = self.rate_limits.get(key)
-                        if known is None or known.seen_at <= at:
-                            self._limits_changed = self._limits_changed or known != limit
-                            self.rate_limits[key] = limit
+                    if limit is not None:
+                        self._note_limit((file.root, file.source, slots.clean(window)), limit)
                 return
+
+    def _note_limit(self, key: tuple[str, str, str], limit: RateLimit) -> None:
+        known = self.rate_limits.get(key)
+        if known is None and len(self.rate_limits) >= MAX_WINDOWS:
+            self.rate_limits = {
+                key: limit for key, limit in self.rate_limits.items()
+                if limit.resets_at is None or limit.resets_at > self.now
+            }
+            if len(self.rate_limits) >= MAX_WINDOWS:
+                self.book.overflowed["rate_limit_windows"] += 1
+                return
+        if known is None or known.seen_at <= limit.seen_at:
+            self._limits_changed = self._limits_changed or known != limit
+            self.rate_limits[key] = limit
 
 
 def pi_session(name: str) -> str:

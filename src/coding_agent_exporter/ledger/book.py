@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Callable
 from datetime import datetime
 from typing import TYPE_CHECKING
@@ -22,6 +23,10 @@ Estimate = Callable[[str, str, tuple[int, int, int, int], datetime], int | None]
 """Provider, model, (input, output, cache_read, cache_creation) tokens and their time -> pico-USD, None if unknown."""
 
 MAX_LABEL = 200
+
+OTHERS = 100
+"""So many label sets are made past the cap that keep the source and the agent; so many more keep the source."""
+
 OTHER = "other"
 UNKNOWN = "unknown"
 
@@ -42,7 +47,9 @@ class Book:
     """Interned usage label sets and the figures added to each since the last flush.
 
     `cutoff` is the epoch second before which spend belongs to the baseline.
-    Past `max_series` label sets, new ones are counted under provider and model "other".
+    Past `max_series` label sets, new ones are counted under provider and model "other"; where there are very many
+    agents or sources too, under agent and source "other". `overflowed` says how often a name was left out of a label,
+    by what it was a name of (a value of `reason` in `families.SERIES_DROPPED`).
     """
 
     bulk = True
@@ -51,7 +58,7 @@ class Book:
     def __init__(self, *, max_series: int, cutoff: float, keys: Iterable[Labels] = ()) -> None:
         self.keys: list[Labels] = list(keys)
         self.cutoff = cutoff
-        self.overflowed = 0
+        self.overflowed: Counter[str] = Counter()
         self._saved = len(self.keys)
         self._index = {labels: number for number, labels in enumerate(self.keys)}
         self._max_series = max_series
@@ -68,8 +75,12 @@ class Book:
             provider, slash, name = (model or "").partition("/")
             if not slash:
                 provider, name = "", provider
-            number = self._number((root, source, clean(provider), clean(name), mode, *((agent,) if agent else ())))
-            if len(self._models) < 2 * self._max_series:
+            labels = (root, source, clean(provider), clean(name), mode, *((agent,) if agent else ()))
+            if labels not in self._index and len(self.keys) >= self._max_series:
+                self.overflowed["usage"] += 1
+                return self._number(self._other(labels))
+            number = self._number(labels)
+            if len(self._models) < 2 * self._max_series and len(model or "") <= 2 * MAX_LABEL:
                 self._models[quick] = number
         return number
 
@@ -80,12 +91,21 @@ class Book:
     def _number(self, labels: Labels) -> int:
         number = self._index.get(labels)
         if number is None:
-            if len(self.keys) >= self._max_series and labels[2:4] != (OTHER, OTHER):
-                self.overflowed += 1
-                return self._number((*labels[:2], OTHER, OTHER, *labels[4:]))
             number = self._index[labels] = len(self.keys)
             self.keys.append(labels)
         return number
+
+    def _other(self, labels: Labels) -> Labels:
+        """The label set for what has none of its own: the closest one that is there, or may still be made."""
+        root, source, _, _, mode, *agent = labels
+        anybody = (OTHER,) * len(agent)
+        near: Labels = (root, source, OTHER, OTHER, mode, *agent)
+        if near in self._index or len(self.keys) < self._max_series + OTHERS:
+            return near
+        near = (root, source, OTHER, OTHER, mode, *anybody)
+        if near in self._index or len(self.keys) < self._max_series + 2 * OTHERS:
+            return near
+        return (root, OTHER, OTHER, OTHER, mode, *anybody)
 
     def row(self, number: int, second: int) -> list[int]:
         """The slots to add to for a label set, for something that happened at an epoch second."""
