@@ -8,8 +8,7 @@ here that it would not do, and tests hold the two to each other.
 
 from __future__ import annotations
 
-import math
-from datetime import UTC, datetime, timedelta
+from datetime import timedelta
 from typing import TYPE_CHECKING
 
 from coding_agent_exporter.ledger.book import (
@@ -22,10 +21,13 @@ from coding_agent_exporter.ledger.book import (
     SESSIONS,
     Book,
 )
-from coding_agent_exporter.ledger.incremental import EPOCH, Record, Session, SessionRules, seconds
+from coding_agent_exporter.ledger.incremental import Record, Session, SessionRules
+from coding_agent_exporter.ledger.times import EPOCH, FOREVER, moment, seconds
 from coding_agent_exporter.model import PICO
 
 if TYPE_CHECKING:
+    from datetime import datetime
+
     from coding_agent_exporter.model import SourceFile, UsageEvent
 
 APART = timedelta(milliseconds=2)
@@ -34,9 +36,6 @@ APART = timedelta(milliseconds=2)
 NOTHING = (0, 0, 0, 0, 0)
 
 _SLOTS = (MESSAGES, REPORTED, INPUT, OUTPUT, CACHE_READ, CACHE_CREATION)
-
-_FOREVER = datetime.max.replace(tzinfo=UTC)
-_LAST = (_FOREVER - EPOCH).total_seconds() - 1
 
 RUN = 64
 """So many events are looked at in one go."""
@@ -61,7 +60,7 @@ class Bulk:
             return place
         began = seconds(first.timestamp)
         # Of what is known to the second nobody knows how late in that second it was.
-        latest = recent[-1][0] if recent else _moment(max(session.last, session.floor) + 1)
+        latest = recent[-1][0] if recent else moment(max(session.last, session.floor) + 1) - APART
         before = self._until(began)
         dollars = new = out = read = written = 0
         for event in events[place : place + RUN]:
@@ -154,7 +153,7 @@ class Bulk:
     def _until(self, second: int) -> datetime:
         """The end of the time that is in the baseline as this second is, or is not as this one is not."""
         cutoff = self._book.cutoff
-        return _FOREVER if second >= cutoff else _moment(cutoff)
+        return FOREVER if second >= cutoff else moment(cutoff)
 
     def _enter(
         self, session: Session, file: SourceFile, hint: str | None, number: int, second: int,
@@ -169,7 +168,3 @@ class Bulk:
             session.counted = True
             row[SESSIONS] += 1
 
-
-def _moment(second: float) -> datetime:
-    """The first whole second from an epoch second on, or the end of the calendar."""
-    return _FOREVER if second > _LAST else EPOCH + timedelta(seconds=math.ceil(second))

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from datetime import UTC, datetime
 from hashlib import blake2b
+from struct import Struct
 from typing import TYPE_CHECKING
 
 import msgspec
@@ -25,6 +26,7 @@ from coding_agent_exporter.ledger.book import (
     UNPRICED,
     Book,
 )
+from coding_agent_exporter.ledger.times import milliseconds, seconds
 from coding_agent_exporter.model import PICO, SessionCompaction, SessionMessage, SourceFile, UsageEvent
 
 if TYPE_CHECKING:
@@ -32,9 +34,9 @@ if TYPE_CHECKING:
 
     from coding_agent_exporter.ledger.book import Estimate
 
-EPOCH = datetime(1970, 1, 1, tzinfo=UTC)
-
 MAX_ORPHANS = 20_000
+
+_signed = Struct(">q").unpack
 
 NOT_COUNTED = -1
 """Label set number of a record that carries no figures of its own: a compaction, a copy."""
@@ -114,7 +116,7 @@ class SessionRules:
 
     def __init__(self, book: Book, estimate: Estimate, seen: Callable[[int], bool]) -> None:
         self.figures: set[int] = set()
-        self._forms: dict[int, str] = {}
+        self._begun: dict[int, blake2b] = {}
         self._book = book
         self._estimate = estimate
         self._seen = seen
@@ -140,7 +142,8 @@ class SessionRules:
         elif second < known.second:
             return "same"
         hinted = bool(event.cost_mode or event.rate_limits)
-        session.mode = event.cost_mode or ("SUBSCRIPTION" if event.rate_limits else session.mode)
+        before = session.mode
+        session.mode = event.cost_mode or ("SUBSCRIPTION" if event.rate_limits else before)
         session.root = session.root or file.root
         mode = "subscription" if session.mode == "SUBSCRIPTION" else "api_key"
         record = _record(event, second, self._book.number(session.root, file.source, event.model, mode, agent))
@@ -157,7 +160,7 @@ class SessionRules:
         outcome = self._replace(session, message, known, record, event.timestamp, shared=shared, hinted=hinted)
         if file.source == "opencode" and record.total and (known is None or known.figures != record.figures):
             self.note(record.number, record.figures)
-        return outcome
+        return outcome if session.mode == before else "changed"
 
     def apply_entry(
         self, session: Session, orphans: Session, file: SourceFile, source: str, message: SessionMessage,
@@ -294,13 +297,15 @@ class SessionRules:
         self.figures.add(self._digest(number, figures))
 
     def _digest(self, number: int, figures: Figures) -> int:
-        """64 bits of the model and the figures of a message, the same in every run."""
-        form = self._forms.get(number)
-        if form is None:
-            name = repr(self._book.keys[number][2:4]).replace("%", "%%")
-            form = self._forms[number] = f"({name}, (%d, %d, %d, %d, %d))"
-        content = (form % figures).encode()
-        return int.from_bytes(blake2b(content, digest_size=8).digest(), "big", signed=True)
+        """64 bits of the model and the figures of a message, the same in every run and release: they are stored."""
+        begun = self._begun.get(number)
+        if begun is None:
+            name = repr(self._book.keys[number][2:4]).encode()
+            begun = self._begun[number] = blake2b(b"(%b, " % name, digest_size=8)
+        hashed = begun.copy()
+        hashed.update(("(%d, %d, %d, %d, %d))" % figures).encode())  # noqa: UP031  half the time of an f-string
+        digest: int = _signed(hashed.digest())[0]
+        return digest
 
 
 def identity(file: SourceFile, event: UsageEvent, *, in_session_files: bool) -> int | str:
@@ -316,18 +321,6 @@ def identity(file: SourceFile, event: UsageEvent, *, in_session_files: bool) -> 
         return f"{file.agent}:{event.event_id}"
     # pi's writer numbers its lines and starts over when it restarts: only with the time is that an identity.
     return f"{file.agent}:{event.event_id}@{seconds(event.timestamp)}"
-
-
-def seconds(at: datetime) -> int:
-    """The epoch second that a time is in."""
-    since = at - EPOCH
-    return since.days * 86400 + since.seconds
-
-
-def milliseconds(at: datetime) -> int:
-    """The epoch millisecond that a time is nearest to: what names a message that began then."""
-    since = at - EPOCH
-    return (since.days * 86400 + since.seconds) * 1000 + (since.microseconds + 500) // 1000
 
 
 def _orphan(identity: int | str, record: Record) -> str:

@@ -22,12 +22,16 @@ from coding_agent_exporter.ledger.book import (
     UNPRICED,
     Book,
 )
+from coding_agent_exporter.ledger.times import EPOCH, seconds
 from coding_agent_exporter.model import PICO, SourceFile, UsageEvent
 
 if TYPE_CHECKING:
     from datetime import datetime
 
     from coding_agent_exporter.ledger.book import Estimate
+
+RUN = 64
+"""So many events are looked at in one go."""
 
 MAX_READINGS = 4096
 MAX_RECENT = 4096
@@ -191,8 +195,17 @@ class ProcessRules:
             # Another file of the same log: a copy of it on its way to another place, or what was rotated away.
             replay = True
         sessions: dict[str, tuple[int, int]] = {}
-        for event in events:
-            second = int(event.timestamp.timestamp())
+        place = 0
+        while place < len(events):
+            if not replay:
+                end, number = self._apply_run(process, file, events, place, agent, latest)
+                if end > place:
+                    sessions.setdefault(events[place].session_id, (number, seconds(events[place].timestamp)))
+                    place = end
+                    continue
+            event = events[place]
+            place += 1
+            second = seconds(event.timestamp)
             order = int(min(second, latest))
             name = event.event_id or f"{event.session_id}|{event.cost}"
             if replay:
@@ -218,6 +231,55 @@ class ProcessRules:
             if event.session_id not in sessions:
                 sessions[event.session_id] = (self._number(file, event.model, process, agent), second)
         return replay, skipped, [(name, number, second) for name, (number, second) in sessions.items()]
+
+    def _apply_run(
+        self, process: Process, file: SourceFile, events: list[UsageEvent], place: int, agent: str, latest: float
+    ) -> tuple[int, int]:
+        """Count readings of the process and the session that were read last, for as long as they neither fall nor go
+        back in time: what the rules below would do, for many at once.
+
+        Returns the place of the first event that is something else, and the number of the label set.
+        """
+        first, start = events[place], place
+        name, model = first.session_id, first.model
+        session = crc32(name.encode())
+        number = self._book.known(file.root, file.source, model, _mode(process), agent) if self._book.bulk else None
+        if number is None or session != process.session or process.writer != str(file.path):
+            return place, 0
+        began = seconds(first.timestamp)
+        total, last, recent, readings = process.reading, process.last, process.recent, process.readings
+        hint, limited, cutoff = process.mode, process.limited, self._book.cutoff
+        rise = 0
+        for event in events[place : place + RUN]:
+            since, cost, named = event.timestamp - EPOCH, event.cost, event.event_id
+            second = since.days * 86_400 + since.seconds
+            if event.session_id != name or event.model != model or cost is None or not named:
+                break
+            if (event.cost_mode and event.cost_mode != hint) or (event.rate_limits and not limited):
+                break
+            if not last <= second <= latest or (second < cutoff) != (began < cutoff):
+                break
+            usd = cost.total_cost_usd
+            reading = -1 if usd is None else round(usd * PICO)
+            if reading < total:
+                break
+            if second > last:
+                last, recent = second, [named]
+            elif len(recent) < MAX_RECENT:
+                recent.append(named)
+            if reading > total:
+                rise += reading - total
+                total = reading
+                readings.pop(total, None)
+                readings[total] = session
+                if len(readings) > MAX_READINGS:
+                    del readings[next(iter(readings))]
+            place += 1
+        if place > start:
+            process.reading, process.last, process.recent = total, last, recent
+            self._book.row(number, began)[REPORTED] += rise
+            process.parts[number] = process.parts.get(number, 0) + rise
+        return place, number
 
     def _read(
         self, process: Process, file: SourceFile, event: UsageEvent, reading: int, second: int, agent: str
