@@ -19,7 +19,7 @@ from coding_agent_exporter.spanmodel import Span, SpanEvent, SpanLink, Value
 from coding_agent_exporter.spans import spans
 from process_support import DEADLINE, Exporter, wait_for
 from spans_support import SPANS, T0, SessionFile, finished
-from support import Samples, total
+from support import Samples, reseal, total
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -181,6 +181,7 @@ def age(exporter: Exporter, statement: str) -> None:
     assert exporter.ended
     with closing(sqlite3.connect(exporter.home / "state.db")) as state, state:
         changed = state.execute(statement).rowcount
+        reseal(state)
     assert changed > 0
 
 

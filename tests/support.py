@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import sqlite3
 from collections import defaultdict
 from dataclasses import dataclass
 from pathlib import Path
@@ -13,6 +14,7 @@ from prometheus_client.parser import text_string_to_metric_families
 from coding_agent_exporter import config
 from coding_agent_exporter.expose import render
 from coding_agent_exporter.model import PICO
+from coding_agent_exporter.schema import seal
 
 if TYPE_CHECKING:
     from coding_agent_exporter.config import Settings
@@ -37,6 +39,16 @@ class Clock:
 def settings(home: Path, *flags: str) -> Settings:
     """Settings with nothing below `home` but what the flags name; the state file is `home/state.db`."""
     return config.load(["--state.path", str(home / "state.db"), *flags], {}, home=home, cwd=home)
+
+
+def reseal(state: sqlite3.Connection) -> None:
+    """Make checksums right that a test's change has made wrong."""
+    state.create_function("seal", -1, lambda *row: seal(row))
+    state.execute("UPDATE accounts SET crc = seal(key, touched, settled, value)")
+    state.execute("UPDATE outbox SET crc = seal(created, value)")
+    state.execute("UPDATE counters SET crc = seal(family, labels, exact, shown, first, open)")
+    for table in ("accounts", "counters"):
+        state.execute(f"UPDATE sums SET value = (SELECT coalesce(sum(crc), 0) FROM {table}) WHERE name = '{table}'")
 
 
 def drain(pipeline: Pipeline) -> None:

@@ -19,7 +19,8 @@ from coding_agent_exporter.ledger import Changes
 from coding_agent_exporter.model import PICO, CounterKey, Cursor, Delta, FileRow, SourceFile
 from coding_agent_exporter.pipeline import Pipeline
 from coding_agent_exporter.registry import FORGET_AFTER, Registry
-from coding_agent_exporter.store import Batch, Store, StoreError
+from coding_agent_exporter.schema import StoreError
+from coding_agent_exporter.store import Batch, Store
 from support import Clock, Samples, drain, exact, scrape, settings, total
 
 if TYPE_CHECKING:

@@ -14,7 +14,8 @@ import pytest
 from coding_agent_exporter import runs
 from coding_agent_exporter.expose import render
 from coding_agent_exporter.pipeline import Pipeline
-from coding_agent_exporter.store import Store, StoreError
+from coding_agent_exporter.schema import StoreError
+from coding_agent_exporter.store import Store
 from spans_support import T0, SessionFile, at, iso
 from support import CAPTURES, Clock, drain, exact, scrape, settings, total
 

@@ -3,15 +3,18 @@
 from __future__ import annotations
 
 import sqlite3
+from contextlib import closing
 from pathlib import Path
 
 import pytest
 
+from coding_agent_exporter import schema
 from coding_agent_exporter.counters import HIDDEN, OPEN, Series
 from coding_agent_exporter.ledger import Changes, Saved
 from coding_agent_exporter.model import CounterKey, Cursor, FileRow, RateLimit
+from coding_agent_exporter.schema import MIGRATIONS, StoreError, UnusableError, seal
 from coding_agent_exporter.spanmodel import Span
-from coding_agent_exporter.store import Batch, Store, StoreError
+from coding_agent_exporter.store import Batch, Store
 
 KEY: CounterKey = ("coding_agent_messages_total", ("r", "s", "p", 'a "quoted"\nmodel', "api_key"))
 
@@ -195,17 +198,197 @@ FROZEN_V1 = {
         "seen INTEGER",
     ],
 }
+FROZEN_V2 = {
+    "sums": ["name TEXT", "value INTEGER"],
+    "meta": [*FROZEN_V1["meta"], "crc INTEGER"],
+    "counters": [*FROZEN_V1["counters"], "crc INTEGER"],
+    "labels": [*FROZEN_V1["labels"], "crc INTEGER"],
+    "figures": FROZEN_V1["figures"],
+    "outbox": [*FROZEN_V1["outbox"], "crc INTEGER"],
+    "accounts": ["number INTEGER", "key TEXT", "touched INTEGER", "settled INTEGER", "crc INTEGER", "value BLOB"],
+    "files": [*FROZEN_V1["files"], "crc INTEGER"],
+}
 
 
 def test_the_stored_format_is_the_one_that_was_released(tmp_path: Path) -> None:
     """Changing it takes a migration, and a new entry here."""
     Store(tmp_path / "state.db").close()
-    db = sqlite3.connect(tmp_path / "state.db")
-    tables = [
-        name for (name,) in db.execute("SELECT name FROM sqlite_master WHERE type = 'table'")
-        if not name.startswith("sqlite_")
+    assert schema_of(tmp_path / "state.db") == (2, FROZEN_V2)
+
+
+def schema_of(path: Path) -> tuple[int, dict[str, list[str]]]:
+    with closing(sqlite3.connect(path)) as db:
+        tables = [
+            name for (name,) in db.execute("SELECT name FROM sqlite_master WHERE type = 'table'")
+            if not name.startswith("sqlite_")
+        ]
+        found = {name: [f"{row[1]} {row[2]}" for row in db.execute(f"PRAGMA table_info({name})")] for name in tables}
+        return db.execute("PRAGMA user_version").fetchone()[0], found
+
+
+def test_checksums_are_those_that_were_released() -> None:
+    """Another way to make them would make all state files damaged ones."""
+    assert seal(("a", "é", b"\x00\xff", 0, -1, 2**62, -2**63)) == FROZEN_SEAL
+
+
+FROZEN_SEAL = 537035450
+
+
+def read_all(store: Store) -> list[object]:
+    """All that a state file holds, as the exporter reads it."""
+    return [
+        [store.meta(key) for key in ("baseline", "instances")], store.rate_limits(), store.labels(),
+        dict(store.counters()), [(row.path, row.cursor, row.session, row.number) for row in store.files()],
+        store.account("session\nopencode\n1"), store.spans(9),
     ]
-    found = {name: [f"{row[1]} {row[2]}" for row in db.execute(f"PRAGMA table_info({name})")] for name in tables}
-    version = db.execute("PRAGMA user_version").fetchone()[0]
-    db.close()
-    assert (version, found) == (1, FROZEN_V1)
+
+
+def filled(path: Path) -> list[object]:
+    """A state file with something in every table; what is in it."""
+    store = Store(path)
+    stored = batch()
+    stored.changes.spans, stored.now, stored.meta["instances"] = [a_span(1)], 100, b"agents"
+    store.commit(stored)
+    found = read_all(store)
+    store.close()
+    return found
+
+
+def test_a_state_file_of_the_first_version_is_brought_up_to_date(tmp_path: Path) -> None:
+    """With all that is in it; what is written next fits what was there."""
+    found = filled(tmp_path / "new.db")
+    old = sqlite3.connect(tmp_path / "old.db")
+    old.executescript(MIGRATIONS[0])
+    old.execute("ATTACH ? AS new", (str(tmp_path / "new.db"),))
+    for table, columns in FROZEN_V1.items():
+        names = ", ".join(column.split()[0] for column in columns)
+        old.execute(f"INSERT INTO main.{table} ({names}) SELECT {names} FROM new.{table}")
+    old.execute("PRAGMA main.user_version = 1")
+    old.commit()
+    old.close()
+    for _ in range(2):
+        store = Store(tmp_path / "old.db")
+        assert read_all(store) == found
+        assert store.has_figures(2**62)
+        store.close()
+    assert schema_of(tmp_path / "old.db") == (2, FROZEN_V2)
+    store = Store(tmp_path / "old.db")
+    store.commit(batch())
+    store.close()
+    Store(tmp_path / "old.db").close()
+
+
+@pytest.mark.parametrize("value", [
+    b"instances", b"agents", b"five_hour", b"session\nopencode\n1", b"blob", b"1180591620717411303424", b"[\"r\", \"s",
+    b"digest", b"/a/b", b"uuid", b"chat m", b"coding_agent_messages_total", b"baseline",
+])
+def test_a_bit_that_was_flipped_in_a_row_is_found(value: bytes, tmp_path: Path) -> None:
+    """In names, amounts, cursors, accounts, spans: SQLite sees nothing wrong with any of them."""
+    state = tmp_path / "state.db"
+    found = filled(state)
+    content = state.read_bytes()
+    refused = 0
+    for place in [place for place in range(len(content)) if content.startswith(value, place)]:
+        flipped = bytearray(content)
+        flipped[place + len(value) // 2] ^= 1
+        state.write_bytes(flipped)
+        try:
+            store = Store(state)
+        except UnusableError:
+            refused += 1
+            continue
+        try:
+            assert read_all(store) == found, "it was in no row, but in what an older one has left"
+        except UnusableError:
+            refused += 1
+        finally:
+            store.close()
+    assert refused > 0
+
+
+@pytest.mark.parametrize("statement", [
+    "DELETE FROM accounts", "DELETE FROM figures WHERE digest > 0", "DELETE FROM counters", "DELETE FROM files",
+    "DELETE FROM labels", "DELETE FROM meta WHERE key = 'baseline'", "DELETE FROM sums", "DROP TABLE labels",
+    "PRAGMA user_version = 0", "UPDATE sums SET value = value + 1",
+])
+def test_rows_that_are_missing_are_found(statement: str, tmp_path: Path) -> None:
+    """As a page from before would leave it: each row that is there is right."""
+    filled(tmp_path / "state.db")
+    with closing(sqlite3.connect(tmp_path / "state.db", isolation_level=None)) as db:
+        kept = db.execute("SELECT sql FROM sqlite_master WHERE type = 'trigger'").fetchall()
+        for (name,) in db.execute("SELECT name FROM sqlite_master WHERE type = 'trigger'").fetchall():
+            db.execute(f"DROP TRIGGER {name}")
+        db.execute(statement)
+        for (trigger,) in kept if "DROP" not in statement else ():
+            db.execute(trigger)
+    with pytest.raises(UnusableError, match="damaged"):
+        Store(tmp_path / "state.db")
+
+
+def test_an_account_that_is_out_of_date_is_found_when_it_is_read(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Where a file is too large to be checked as a whole: the row is right by itself, but older than the index."""
+    state = tmp_path / "state.db"
+    filled(state)
+    with closing(sqlite3.connect(state)) as db:
+        page = db.execute("SELECT rootpage FROM sqlite_master WHERE name = 'accounts'").fetchone()[0] - 1
+    before = state.read_bytes()
+    store = Store(state)
+    store.commit(Batch(Changes(accounts={"session\nopencode\n1": Saved(b"newer", 2000, settled=False)})))
+    store.close()
+    after = bytearray(state.read_bytes())
+    after[page * 4096:(page + 1) * 4096] = before[page * 4096:(page + 1) * 4096]
+    state.write_bytes(after)
+    monkeypatch.setattr(schema, "CHECKED_BYTES", 0)
+    store = Store(state)
+    with pytest.raises(UnusableError, match="damaged"):
+        store.account("session\nopencode\n1")
+    store.close()
+    monkeypatch.undo()
+    with pytest.raises(UnusableError, match="damaged"):
+        Store(state)
+
+
+def test_a_state_file_that_is_moved_while_it_is_used_takes_no_more(tmp_path: Path) -> None:
+    """What would be stored in it the next start would not find. It goes on when the file is back."""
+    store = Store(tmp_path / "a" / "state.db")
+    (tmp_path / "a").rename(tmp_path / "b")
+    for _ in range(2):
+        with pytest.raises(StoreError, match="moved or deleted") as failure:
+            store.commit(batch())
+        assert not isinstance(failure.value, UnusableError)
+    assert not (tmp_path / "a").exists()
+    (tmp_path / "b").rename(tmp_path / "a")
+    store.commit(batch())
+    store.close()
+    store = Store(tmp_path / "a" / "state.db")
+    assert store.meta("baseline") == b"{}"
+    store.close()
+
+
+def test_a_lock_file_that_was_deleted_is_taken_again(tmp_path: Path) -> None:
+    """Somebody tidied up: the next commit makes a new one, and a second exporter is refused as before."""
+    store = Store(tmp_path / "state.db")
+    (tmp_path / "state.db.lock").unlink()
+    store.commit(batch())
+    with pytest.raises(StoreError, match="in use by another exporter"):
+        Store(tmp_path / "state.db")
+    store.commit(batch())
+    store.close()
+
+
+def test_the_first_exporter_gives_way_when_its_lock_file_was_deleted_and_a_second_one_began(tmp_path: Path) -> None:
+    """What it remembers is out of date as soon as another one may write; also when that one is gone again."""
+    first = Store(tmp_path / "state.db")
+    (tmp_path / "state.db.lock").unlink()
+    second = Store(tmp_path / "state.db")
+    second.commit(batch())
+    with pytest.raises(UnusableError, match="in use by another exporter"):
+        first.commit(Batch(Changes(), meta={"baseline": b"stale"}))
+    second.close()
+    (tmp_path / "state.db.lock").unlink()
+    with pytest.raises(UnusableError, match="used by another exporter meanwhile"):
+        first.commit(Batch(Changes(), meta={"baseline": b"stale"}))
+    assert first.meta("baseline") == b"{}"
+    first.close()

@@ -8,6 +8,7 @@ from collections import Counter
 from typing import TYPE_CHECKING
 
 from coding_agent_exporter.logs import fields
+from coding_agent_exporter.schema import UnusableError
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -40,6 +41,8 @@ class Outbox:
         self._history = round(history * 1e9)
         self._count = store.count_spans()
         self._looked = float("-inf")
+        self._unusable: UnusableError | None = None
+        """What the worker found; the next `bound`, by who can end the exporter, raises it."""
         self._stop = threading.Event()
         self._old = self._held = 0
         self._history_waits = self._count if history > 0 else 0
@@ -47,7 +50,11 @@ class Outbox:
 
     def take(self, limit: int) -> list[tuple[int, Span]]:
         with self._lock:
-            spans = self._store.spans(limit)
+            try:
+                spans = self._store.spans(limit)
+            except UnusableError as error:
+                self._unusable = error
+                return []
         # A collector is sized for what happens, not for what has happened in a year.
         self._taken = frozenset(number for number, span in spans if span.end < self._history)
         old = sum(number > self._held for number in self._taken)
@@ -86,6 +93,8 @@ class Outbox:
 
         History is not too much: it comes in faster than it may go out, and its size is what was asked for.
         """
+        if self._unusable is not None:
+            raise self._unusable
         if self._count <= self._most and 0 <= now - self._looked < LOOK_EVERY:
             return
         self._looked = now

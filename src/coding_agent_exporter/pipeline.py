@@ -30,7 +30,8 @@ from coding_agent_exporter.model import CounterKey, Pressure
 from coding_agent_exporter.outbox import Outbox
 from coding_agent_exporter.pricing import Prices
 from coding_agent_exporter.runs import Runs
-from coding_agent_exporter.store import Batch, Store, StoreError
+from coding_agent_exporter.schema import StoreError, UnusableError
+from coding_agent_exporter.store import Batch, Store
 from coding_agent_exporter.tail import Tail
 
 if TYPE_CHECKING:
@@ -63,7 +64,7 @@ class Pipeline:
         self.version = metadata.version("coding-agent-exporter")
         self.started = clock()
         self.scraped = threading.Condition()
-        self.broken = False
+        self._failure: BaseException | None = None
         self.scrape_seconds = 0.0
         """How long the latest scrape took, rendering included; whoever renders says so."""
         self._clock = clock
@@ -137,12 +138,14 @@ class Pipeline:
         way on is a restart from there, so every later call raises too.
         """
         with self._lock:
-            if self.broken:
+            if isinstance(self._failure, StoreError):
+                raise self._failure
+            if self._failure is not None:
                 raise RuntimeError("a step failed, and the exporter has to be restarted")
             try:
                 return self._step(scrape=scrape, changes=changes)
-            except BaseException:
-                self.broken = True
+            except BaseException as error:
+                self._failure = error
                 raise
 
     def _step(self, *, scrape: bool, changes: frozenset[str] | None) -> bool:
@@ -210,6 +213,11 @@ class Pipeline:
             self._store.close()
 
     @property
+    def broken(self) -> bool:
+        """Whether a step failed, so that the exporter is about to end."""
+        return self._failure is not None
+
+    @property
     def pending_commit(self) -> bool:
         """Whether the state file could not be written, so that counters stand still."""
         return self._pending is not None
@@ -219,6 +227,8 @@ class Pipeline:
             return
         try:
             self.outbox.bound(now)
+        except UnusableError:
+            raise
         except StoreError as error:
             self._note_failure(error)
 
@@ -261,8 +271,8 @@ class Pipeline:
         changes.spans = spans
         changes.accounts.update(sessions)
         self._counters.add(changes.deltas)
-        if scrape and self._counters.pin(now, at_once=self._stopping, hidden=self.caught_up):
-            self._unpublished = True
+        pinned = scrape and self._counters.pin(now, at_once=self._stopping, hidden=self.caught_up)
+        self._unpublished = self._unpublished or pinned
         counters = self._counters.take_changed()
         rows, gone = self.inputs.take_changed(now)
         meta: dict[str, bytes] = {}
@@ -271,7 +281,7 @@ class Pipeline:
             self._new_baseline = None
         if self._instances.dirty:
             meta["instances"] = self._instances.dump()
-        self._pending = Batch(changes, counters, rows, gone, meta, int(now))
+        self._pending = Batch(changes, counters, rows, gone, meta, int(now), durable=pinned)
         if self._settle_pending() and self._unpublished:
             self._unpublished = not self.caught_up
             self._published = list(self._counters.values(hidden=self.caught_up))
@@ -286,6 +296,8 @@ class Pipeline:
         if not batch.empty:
             try:
                 self._store.commit(batch)
+            except UnusableError:
+                raise
             except StoreError as error:
                 self._note_failure(error)
                 return False

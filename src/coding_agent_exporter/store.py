@@ -10,7 +10,7 @@ import fcntl
 import json
 import os
 import sqlite3
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -19,46 +19,13 @@ import msgspec
 
 from coding_agent_exporter.counters import HIDDEN, OPEN, Series
 from coding_agent_exporter.model import CounterKey, Cursor, FileRow, RateLimit
+from coding_agent_exporter.schema import StoreError, UnusableError, damaged, prepare, seal
 from coding_agent_exporter.spanmodel import Span
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Sequence
 
     from coding_agent_exporter.ledger.accounts import Changes
-
-# Frozen once released: change a stored format by adding a step, never by editing one.
-_MIGRATIONS: tuple[str, ...] = (
-    # Counters are text: a sum of hostile counts can exceed SQLite's 64 bits. Accounts have row ids: their values
-    # fill pages, and as part of the key's index they would make it slow and a third larger.
-    """
-    CREATE TABLE meta (key TEXT PRIMARY KEY, value BLOB NOT NULL) WITHOUT ROWID;
-    CREATE TABLE counters (
-        number INTEGER PRIMARY KEY, family TEXT NOT NULL, labels TEXT NOT NULL,
-        exact TEXT NOT NULL, shown TEXT NOT NULL, first TEXT NOT NULL, open INTEGER NOT NULL,
-        UNIQUE (family, labels));
-    CREATE TABLE labels (number INTEGER PRIMARY KEY, value TEXT NOT NULL);
-    CREATE TABLE accounts (
-        key TEXT PRIMARY KEY, touched INTEGER NOT NULL, settled INTEGER NOT NULL, value BLOB NOT NULL);
-    CREATE INDEX accounts_unsettled ON accounts (touched) WHERE settled = 0;
-    CREATE TABLE figures (digest INTEGER PRIMARY KEY);
-    CREATE TABLE outbox (number INTEGER PRIMARY KEY AUTOINCREMENT, created INTEGER NOT NULL, value BLOB NOT NULL);
-    CREATE TABLE files (
-        number INTEGER PRIMARY KEY, kind TEXT NOT NULL, log TEXT NOT NULL, path TEXT NOT NULL,
-        dev INTEGER NOT NULL, ino INTEGER NOT NULL, offset INTEGER NOT NULL, digest BLOB NOT NULL,
-        exempt INTEGER NOT NULL, skipping INTEGER NOT NULL, changed INTEGER NOT NULL, source TEXT NOT NULL,
-        meta TEXT NOT NULL, seen INTEGER NOT NULL);
-    """,
-)
-
-
-CHECKED_BYTES = 64 << 20
-"""A state file up to this size is checked as a whole when it is opened: half a second where nothing of it is cached.
-Damage in a larger one is found when the damaged page is read, and ends the exporter then."""
-
-
-class StoreError(OSError):
-    """The state file cannot be used. The message is one line for an operator."""
-
 
 _span = msgspec.msgpack.Decoder(Span)
 _encode = msgspec.msgpack.Encoder().encode
@@ -75,6 +42,8 @@ class Batch:
     meta: dict[str, bytes] = field(default_factory=dict)
     now: int = 0
     """Epoch seconds; the age of spans counts from here."""
+    durable: bool = False
+    """Whether it has to outlast a power cut once it is committed, as what a scrape is about to show does."""
 
     @property
     def empty(self) -> bool:
@@ -85,93 +54,70 @@ class Store:
     """The state file.
 
     Raises StoreError when the file is not usable: locked by another exporter, corrupt, from a newer version, not
-    writable. `commit` raises StoreError too (a full disk, say); then nothing of the batch was stored.
+    writable. `commit` raises StoreError too (a full disk, say); then nothing of the batch was stored. UnusableError
+    is the kind that trying again does not help.
     """
 
     def __init__(self, path: Path) -> None:
         self.path = path
-        self._lock = self._take_lock(path)
+        self._lock = _take_lock(path)
         try:
-            self._db = self._open(path)
+            self._file, self._db = _open(path)
         except BaseException:
             os.close(self._lock)
             raise
-
-    @staticmethod
-    def _take_lock(path: Path) -> int:
-        lock = path.with_name(path.name + ".lock")
-        try:
-            path.parent.mkdir(parents=True, exist_ok=True)
-            handle = os.open(lock, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
-        except OSError as error:
-            reason = f"cannot write the state file {path}: {error.strerror}; choose another --state.path"
-            raise StoreError(reason) from error
-        try:
-            fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError as error:
-            os.close(handle)
-            raise StoreError(f"the state file {path} is in use by another exporter") from error
-        return handle
-
-    @staticmethod
-    def _open(path: Path) -> sqlite3.Connection:
-        db = None
-        try:
-            # It names sessions, paths and models. What SQLite puts beside it gets its mode.
-            with suppress(OSError):  # SQLite says what is wrong
-                os.close(os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600))
-            # The pipeline's lock keeps to one thread at a time.
-            db = sqlite3.connect(path, isolation_level=None, check_same_thread=False, timeout=5)
-            db.execute("PRAGMA journal_mode = WAL")
-            # A crash of the program loses nothing. After a power cut the last commits may be missing, together:
-            # what they had counted is read again.
-            db.execute("PRAGMA synchronous = NORMAL")
-            db.execute("PRAGMA cache_size = -2048")
-            db.execute("PRAGMA wal_autocheckpoint = 1000")
-            if path.stat().st_size <= CHECKED_BYTES:
-                check = db.execute("PRAGMA quick_check(1)").fetchone()[0]
-                if check != "ok":
-                    raise sqlite3.DatabaseError(check)
-            _migrate(db, path)
-        except StoreError:
-            if db is not None:
-                db.close()
-            raise
-        except sqlite3.Error as error:
-            if db is not None:
-                db.close()
-            if isinstance(error, sqlite3.OperationalError):
-                raise StoreError(f"cannot use the state file {path}: {error}") from error
-            raise StoreError(
-                f"the state file {path} is damaged ({error}); move it away to start from a new baseline"
-            ) from error
-        return db
+        self._version = self._data_version()
 
     def close(self) -> None:
         self._db.close()
+        # Not before: closing any handle of a file ends all locks that the process has on it, SQLite's too.
+        os.close(self._file)
         os.close(self._lock)
+
+    def _require_hold(self) -> None:
+        """What is stored now must be what the next start finds, and nobody else may count on it."""
+        if not _is_at(self._file, self.path):
+            raise StoreError(
+                f"the state file {self.path} was moved or deleted while it was in use; put it back, or restart to go "
+                "on from what is there now")
+        if _is_at(self._lock, _lock_of(self.path)):
+            return
+        try:
+            lock = _take_lock(self.path)
+        except StoreError as error:
+            raise UnusableError(str(error)) from error
+        os.close(self._lock)
+        self._lock = lock
+        if self._data_version() != self._version:
+            raise UnusableError(f"the state file {self.path} was used by another exporter meanwhile")
+
+    def _data_version(self) -> int:
+        """Changes with the first commit that is not ours."""
+        version: int = self._db.execute("PRAGMA data_version").fetchone()[0]
+        return version
 
     # -- reading back
 
     def meta(self, key: str) -> bytes | None:
-        row = self._db.execute("SELECT value FROM meta WHERE key = ?", (key,)).fetchone()
-        return None if row is None else bytes(row[0])
+        # All of them: a key that was changed would only be one that is not there.
+        return dict(self._rows("meta", "SELECT crc, key, value FROM meta")).get(key)
 
     def labels(self) -> list[tuple[str, ...]]:
-        return [tuple(json.loads(value)) for (value,) in self._db.execute("SELECT value FROM labels ORDER BY number")]
+        rows = self._rows("labels", "SELECT crc, number, value FROM labels ORDER BY number")
+        return [tuple(json.loads(value)) for _, value in rows]
 
     def counters(self) -> Iterator[tuple[CounterKey, Series]]:
-        rows = self._db.execute("SELECT number, family, labels, exact, shown, first, open FROM counters")
-        for number, family, labels, exact, shown, first, state in rows:
+        query = "SELECT crc, family, labels, exact, shown, first, open, number FROM counters"
+        for family, labels, exact, shown, first, state, number in self._rows("counters", query, beside=1):
             yield (family, tuple(json.loads(labels))), Series(int(exact), int(shown), int(first), state, 0.0, number)
 
     def files(self) -> list[FileRow]:
-        rows = self._db.execute(
-            "SELECT number, kind, log, path, dev, ino, offset, digest, exempt, skipping, changed, source, meta, seen "
-            "FROM files"
-        )
+        query = (
+            "SELECT crc, kind, log, path, dev, ino, offset, digest, exempt, skipping, changed, source, meta, seen, "
+            "number FROM files")
         found = []
-        for number, kind, log, path, dev, ino, offset, digest, exempt, skipping, changed, source, meta, seen in rows:
+        for (kind, log, path, dev, ino, offset, digest, exempt, skipping, changed, source, meta, seen,
+             number) in self._rows("files", query, beside=1):
             session, created, parent, replay = json.loads(meta)
             cursor = Cursor(dev & _U64, ino & _U64, offset, digest, exempt, bool(skipping), changed)
             found.append(FileRow(kind, log, path, cursor, source, session, created, parent, replay, seen, number))
@@ -183,21 +129,43 @@ class Store:
             return {}
         return {(root, source, window): RateLimit(*limit) for root, source, window, limit in json.loads(stored)}
 
+    def _rows(self, table: str, query: str, *parameters: int, beside: int = 0) -> Iterator[tuple[Any, ...]]:
+        """The rows of a query, whose first column is the checksum of the others, without it. The last ones, so many
+        as stand `beside`, are not in it."""
+        end = -beside or None
+        with self._reading():
+            for row in self._db.execute(query, parameters):
+                if seal(row[1:end]) != row[0]:
+                    raise damaged(self.path, f"a row of {table} was changed")
+                yield row[1:]
+
     # -- the ledger's storage
 
     def account(self, key: str) -> bytes | None:
-        row = self._one("SELECT value FROM accounts WHERE key = ?", key)
-        return None if row is None else row[0]
+        # The checksum comes from the index, and so is not as old as a value that is out of date.
+        found = self._one("SELECT crc, number FROM accounts INDEXED BY accounts_key WHERE key = ?", key)
+        if found is None:
+            return None
+        row = self._one("SELECT key, touched, settled, value FROM accounts WHERE number = ?", found[1])
+        if row is None or seal(row) != found[0]:
+            raise damaged(self.path, "a row of accounts was changed")
+        value: bytes = row[3]
+        return value
 
     def has_figures(self, digest: int) -> bool:
         return self._one("SELECT 1 FROM figures WHERE digest = ?", digest) is not None
 
     def _one(self, query: str, parameter: str | int) -> tuple[Any, ...] | None:
-        try:
+        with self._reading():
             row: tuple[Any, ...] | None = self._db.execute(query, (parameter,)).fetchone()
-        except sqlite3.Error as error:
-            raise StoreError(f"cannot read the state file {self.path}: {error}") from error
         return row
+
+    @contextmanager
+    def _reading(self) -> Iterator[None]:
+        try:
+            yield
+        except sqlite3.Error as error:
+            raise _failure(self.path, error, "read") from error
 
     def quiet(self, kind: str, before: int, limit: int) -> list[str]:
         rows = self._db.execute(
@@ -210,8 +178,9 @@ class Store:
 
     def spans(self, limit: int) -> list[tuple[int, Span]]:
         """The oldest spans with their row numbers."""
-        rows = self._db.execute("SELECT number, value FROM outbox ORDER BY number LIMIT ?", (limit,))
-        return [(number, _span.decode(value)) for number, value in rows]
+        query = "SELECT crc, created, value, number FROM outbox ORDER BY number LIMIT ?"
+        rows = self._rows("outbox", query, limit, beside=1)
+        return [(number, _span.decode(value)) for _, value, number in rows]
 
     def count_spans(self) -> int:
         count: int = self._db.execute("SELECT COUNT(*) FROM outbox").fetchone()[0]
@@ -237,9 +206,13 @@ class Store:
             return max(0, self._db.executemany(statement, rows).rowcount)
 
     @contextmanager
-    def _transaction(self) -> Iterator[None]:
+    def _transaction(self, *, durable: bool = False) -> Iterator[None]:
         """All of it or nothing. Raises StoreError."""
         try:
+            self._require_hold()
+            # A crash of the program loses nothing. After a power cut the last commits may be missing, together, back
+            # to the last durable one: what they had counted is read again.
+            self._db.execute(f"PRAGMA synchronous = {'FULL' if durable else 'NORMAL'}")
             self._db.execute("BEGIN IMMEDIATE")
             try:
                 yield
@@ -249,13 +222,13 @@ class Store:
                     self._db.execute("ROLLBACK")
                 raise
         except sqlite3.Error as error:
-            raise StoreError(f"cannot write the state file {self.path}: {error}") from error
+            raise _failure(self.path, error, "write") from error
 
     # -- writing
 
     def commit(self, batch: Batch) -> None:
         """Store a batch, all of it or nothing."""
-        with self._transaction():
+        with self._transaction(durable=batch.durable):
             numbers = self._write(batch)
         for item, number in numbers:
             item.number = number
@@ -273,47 +246,44 @@ class Store:
     def _write(self, batch: Batch) -> list[tuple[Series | FileRow, int]]:
         db, changes = self._db, batch.changes
         numbers: list[tuple[Series | FileRow, int]] = []
-        db.executemany("INSERT OR REPLACE INTO meta VALUES (?, ?)", batch.meta.items())
+        meta = dict(batch.meta)
         if changes.rate_limits is not None:
-            limits = [
+            meta["rate_limits"] = json.dumps([
                 (*key, (limit.used_percent, limit.resets_at, limit.window_seconds, limit.seen_at))
                 for key, limit in changes.rate_limits.items()
-            ]
-            db.execute("INSERT OR REPLACE INTO meta VALUES ('rate_limits', ?)", (json.dumps(limits).encode(),))
+            ]).encode()
+        db.executemany("INSERT OR REPLACE INTO meta VALUES (?, ?, ?)", [(*one, seal(one)) for one in meta.items()])
+        labels = [(number, json.dumps(value)) for number, value in changes.labels]
+        db.executemany("INSERT OR REPLACE INTO labels VALUES (?, ?, ?)", [(*one, seal(one)) for one in labels])
+        accounts = [(key, saved.touched, int(saved.settled), saved.blob) for key, saved in changes.accounts.items()]
+        db.executemany("DELETE FROM accounts WHERE key = ?", [(key,) for key in changes.accounts])
         db.executemany(
-            "INSERT OR REPLACE INTO labels VALUES (?, ?)",
-            [(number, json.dumps(labels)) for number, labels in changes.labels],
-        )
-        db.executemany(
-            "INSERT OR REPLACE INTO accounts VALUES (?, ?, ?, ?)",
-            [(key, saved.touched, saved.settled, saved.blob) for key, saved in changes.accounts.items()],
-        )
+            "INSERT INTO accounts (key, touched, settled, value, crc) VALUES (?, ?, ?, ?, ?)",
+            [(*one, seal(one)) for one in accounts])
         db.executemany("INSERT OR IGNORE INTO figures VALUES (?)", [(digest,) for digest in changes.figures])
+        spans = [(batch.now, _encode(span)) for span in changes.spans]
         db.executemany(
-            "INSERT INTO outbox (created, value) VALUES (?, ?)",
-            [(batch.now, _encode(span)) for span in changes.spans],
-        )
-        for (family, labels), series in batch.counters:
-            state = OPEN if series.state == OPEN else HIDDEN
-            values = (str(series.exact), str(series.shown), str(series.first), state)
+            "INSERT INTO outbox (created, value, crc) VALUES (?, ?, ?)", [(*one, seal(one)) for one in spans])
+        for (family, of), series in batch.counters:
+            amounts = str(series.exact), str(series.shown), str(series.first)
+            values = (family, json.dumps(of), *amounts, OPEN if series.state == OPEN else HIDDEN)
             number = series.number or None
             cursor = db.execute(
-                "INSERT OR REPLACE INTO counters VALUES (?, ?, ?, ?, ?, ?, ?)",
-                (number, family, json.dumps(labels), *values),
-            )
+                "INSERT OR REPLACE INTO counters VALUES (?, ?, ?, ?, ?, ?, ?, ?)", (number, *values, seal(values)))
             numbers.append((series, number or cursor.lastrowid or 0))
-        for row in batch.files:
-            at = row.cursor
+        for file in batch.files:
+            at = file.cursor
             assert at is not None, "a file is stored once it has been read"
-            meta = json.dumps((row.session, row.created, row.parent, row.replay))
-            number = row.number or None
+            stored = (
+                file.kind, file.log, file.path, _signed(at.dev), _signed(at.ino), at.offset, at.check, int(at.exempt),
+                int(at.skipping), at.changed, file.source,
+                json.dumps((file.session, file.created, file.parent, file.replay)), file.seen)
+            number = file.number or None
             cursor = db.execute(
-                "INSERT OR REPLACE INTO files VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?)",
-                (number, row.kind, row.log, row.path, _signed(at.dev), _signed(at.ino), at.offset, at.check,
-                 at.exempt, at.skipping, at.changed, row.source, meta, row.seen),
-            )
-            numbers.append((row, number or cursor.lastrowid or 0))
-        db.executemany("DELETE FROM files WHERE number = ?", [(row.number,) for row in batch.forgotten])
+                "INSERT OR REPLACE INTO files VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?)",
+                (number, *stored, seal(stored)))
+            numbers.append((file, number or cursor.lastrowid or 0))
+        db.executemany("DELETE FROM files WHERE number = ?", [(file.number,) for file in batch.forgotten])
         return numbers
 
 
@@ -325,21 +295,62 @@ def _signed(number: int) -> int:
     return number - 2**64 if number >= 2**63 else number
 
 
-def _migrate(db: sqlite3.Connection, path: Path) -> None:
-    version = db.execute("PRAGMA user_version").fetchone()[0]
-    if version > len(_MIGRATIONS):
-        raise StoreError(
-            f"the state file {path} was written by a newer version (schema {version}, this one knows "
-            f"{len(_MIGRATIONS)}); upgrade, or choose another --state.path"
-        )
-    for number, statements in enumerate(_MIGRATIONS[version:], start=version + 1):
-        db.execute("BEGIN IMMEDIATE")
-        try:
-            for statement in filter(str.strip, statements.split(";")):
-                db.execute(statement)
-            db.execute(f"PRAGMA user_version = {number}")
-            db.execute("COMMIT")
-        except BaseException:
-            if db.in_transaction:  # Ctrl-C can come right after the commit
-                db.execute("ROLLBACK")
-            raise
+def _lock_of(path: Path) -> Path:
+    return path.with_name(path.name + ".lock")
+
+
+def _is_at(handle: int, path: Path) -> bool:
+    """Whether an open file is the one that lies there."""
+    try:
+        return os.path.samestat(os.fstat(handle), path.stat())
+    except OSError:
+        return False
+
+
+def _take_lock(path: Path) -> int:
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        handle = os.open(_lock_of(path), os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
+    except OSError as error:
+        reason = f"cannot write the state file {path}: {error.strerror}; choose another --state.path"
+        raise StoreError(reason) from error
+    try:
+        fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError as error:
+        os.close(handle)
+        raise StoreError(f"the state file {path} is in use by another exporter") from error
+    return handle
+
+
+def _open(path: Path) -> tuple[int, sqlite3.Connection]:
+    """A handle of the file, and the database in it."""
+    # It names sessions, paths and models. What SQLite puts beside it gets its mode.
+    try:
+        handle = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
+    except OSError as error:
+        raise StoreError(f"cannot use the state file {path}: {error.strerror}") from error
+    db = None
+    try:
+        # The pipeline's lock keeps to one thread at a time.
+        db = sqlite3.connect(path, isolation_level=None, check_same_thread=False, timeout=5)
+        db.execute("PRAGMA cell_size_check = ON")  # damage is found where it is, not in what follows from it
+        db.execute("PRAGMA journal_mode = WAL")
+        db.execute("PRAGMA cache_size = -2048")
+        db.execute("PRAGMA wal_autocheckpoint = 1000")
+        db.execute("PRAGMA recursive_triggers = ON")  # what REPLACE removes counts in the sums
+        prepare(db, path)
+    except BaseException as error:
+        if db is not None:
+            db.close()
+        os.close(handle)
+        if isinstance(error, sqlite3.Error):
+            raise _failure(path, error, "use") from error
+        raise
+    return handle, db
+
+
+def _failure(path: Path, error: sqlite3.Error, doing: str) -> StoreError:
+    # Text that is none is an OperationalError too.
+    if isinstance(error, sqlite3.OperationalError) and "decode" not in str(error):
+        return StoreError(f"cannot {doing} the state file {path}: {error}")
+    return damaged(path, error)

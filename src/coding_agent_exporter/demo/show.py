@@ -25,7 +25,7 @@ from coding_agent_exporter.demo.cast import Stage
 from coding_agent_exporter.demo.scratch import scratch
 from coding_agent_exporter.demo.writers import PICO, TOKEN_TYPES, Truth
 from coding_agent_exporter.pricing import Prices
-from coding_agent_exporter.store import StoreError
+from coding_agent_exporter.schema import StoreError
 from coding_agent_exporter.values import Address
 
 if TYPE_CHECKING:
