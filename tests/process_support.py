@@ -127,9 +127,13 @@ class Exporter:
         self._reader = threading.Thread(target=self._read, args=(self._process, self._listening), daemon=True)
         self._reader.start()
         if wait:
-            wait_for(lambda: self._listening.is_set() or self.ended, "the exporter to listen")
-            assert self._listening.is_set(), "\n".join(self.lines)
+            self.wait_until_listening()
         return self
+
+    def wait_until_listening(self) -> None:
+        """Returns as soon as the process that was started last listens; fails the test when it ends instead."""
+        wait_for(lambda: self._listening.is_set() or self.ended, "the exporter to listen", every=0.001)
+        assert self._listening.is_set(), "\n".join(self.lines)
 
     @property
     def pid(self) -> int:

@@ -112,6 +112,8 @@ class Pipeline:
         )
         self._counters = Counters(hold=settings.counters_zero_hold)
         self._counters.load(store.counters())
+        # Where nothing can be committed, a scrape shows what was committed before.
+        published = list(self._counters.values(hidden=False))
         self._runs.restore(key for key, _ in self._counters.values())
         self._load_instances()
         self._preset()
@@ -119,7 +121,7 @@ class Pipeline:
         self._stats: Counter[CounterKey] = Counter({(families.COMMITS.name, (how,)): 0 for how in ("ok", "failed")})
         self._pending: Batch | None = None
         self._failing = False
-        self._published: list[tuple[CounterKey, int]] = []
+        self._published = published
         self._held: list[CounterKey] = []
         self._unpublished = False
         self._revision = 0
