@@ -42,24 +42,27 @@ class OneByOne(Book):
 class Ledgers:
     """Two ledgers that are given the same: one counts in runs, the other one by one."""
 
-    def __init__(self, cutoff: float) -> None:
+    def __init__(self, cutoff: float, kinds: tuple[type[Book], type[Book]] = (Book, OneByOne)) -> None:
         self.pair = [
             (Ledger(memory, _estimate, kind(max_series=1000, cutoff=cutoff), cache_messages=40), memory)
-            for kind, memory in ((Book, Memory()), (OneByOne, Memory()))
+            for kind, memory in zip(kinds, (Memory(), Memory()), strict=True)
         ]
         for ledger, _ in self.pair:
             ledger.now = ledger.written = (START + timedelta(days=30)).timestamp()
+        self.many = [2000, 2000]
+        """How many messages each of them keeps of a session."""
 
     def each(self, do: Callable[[Ledger], object]) -> None:
         one, other = (do(ledger) for ledger, _ in self.pair)
         assert one == other
 
-    def commit(self, now: float) -> None:
+    def commit(self, now: float, *, complete: bool = True) -> None:
         said = []
-        for ledger, memory in self.pair:
-            changes = ledger.flush(complete=True, now=now)
-            memory.saved.update(changes.accounts)
-            memory.figures |= changes.figures
+        for (ledger, memory), many in zip(self.pair, self.many, strict=True):
+            with pytest.MonkeyPatch.context() as patch:
+                patch.setattr(accounts_module, "MANY_MESSAGES", many)
+                changes = ledger.flush(complete=complete, now=now)
+            memory.commit(changes)
             ledger.trim()
             said.append((_deltas(changes), changes.figures, changes.rate_limits, ledger.rejected))
         assert said[0] == said[1]
@@ -206,6 +209,31 @@ def test_in_runs_as_one_by_one(source: str, seed: int) -> None:
     ledgers.commit((START + timedelta(hours=50)).timestamp())
     in_runs, one_by_one = ledgers.remembered()
     assert in_runs == one_by_one
+
+
+@pytest.mark.parametrize("in_runs", [True, False])
+@pytest.mark.parametrize("source", ["pi-coding", "opencode"])
+@pytest.mark.parametrize("seed", range(20))
+def test_what_a_session_puts_away_it_knows_all_the_same(source: str, seed: int, *, in_runs: bool) -> None:
+    """With six messages at hand as with two thousand, unless the older ones may be forgotten."""
+    chance = random.Random(f"away/{source}/{seed}")
+    world = World(chance, source)
+    ledgers = Ledgers(START.timestamp(), (Book, Book) if in_runs else (OneByOne, OneByOne))
+    ledgers.many = [2000, 6]
+    file = SourceFile("usage", "r", Path("live"), f"a/{source}", source, "a")
+    for _ in range(8):
+        events = world.events()
+        ledgers.each(lambda ledger: ledger.apply_usage(file, list(events), replay=False))  # noqa: B023  called at once
+        if source == "pi-coding" and chance.random() < 0.3:
+            records = world.records()
+            session = SourceFile("sessions", "r", Path("s"), "s")
+            ledgers.each(lambda ledger: ledger.apply_session(
+                session, "pi-coding", SessionMeta(), records, fallback="s"))  # noqa: B023  called at once
+        ledgers.commit(START.timestamp(), complete=False)
+    memory = ledgers.pair[1][1]
+    assert memory.archive
+    assert all(accounts_module._decoder.decode(saved.blob).size() <= 7 + 20_000 * key.startswith("orphans")
+               for key, saved in memory.saved.items())
 
 
 def test_most_events_of_a_usual_log_are_counted_in_runs(monkeypatch: pytest.MonkeyPatch) -> None:

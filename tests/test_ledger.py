@@ -11,7 +11,7 @@ import pytest
 
 from coding_agent_exporter.decode import session as session_files
 from coding_agent_exporter.decode import usage as usage_logs
-from coding_agent_exporter.ledger import Book, Ledger, Saved, SessionMeta
+from coding_agent_exporter.ledger import Archived, Book, Changes, Ledger, Saved, SessionMeta
 from coding_agent_exporter.ledger import accounts as accounts_module
 from coding_agent_exporter.model import PICO, SourceFile
 
@@ -29,6 +29,19 @@ class Memory:
     def __init__(self) -> None:
         self.saved: dict[str, Saved] = {}
         self.figures: set[int] = set()
+        self.archive: dict[tuple[str, int | str], Archived] = {}
+
+    def commit(self, changes: Changes) -> None:
+        for account, before in changes.expired.items():
+            for one in [one for one in self.archive.values() if one.account == account and one.second <= before]:
+                del self.archive[one.account, one.name]
+        self.archive |= {(one.account, one.name): one for one in changes.archive}
+        self.saved.update(changes.accounts)
+        self.figures |= changes.figures
+
+    def archived(self, account: str, name: int | str) -> bytes | None:
+        found = self.archive.get((account, name))
+        return None if found is None else found.blob
 
     def account(self, key: str) -> bytes | None:
         return self.saved[key].blob if key in self.saved else None
@@ -76,8 +89,7 @@ class Bench:
         changes = self.ledger.flush(complete=complete, now=now)
         for key, delta in changes.deltas.items():
             self.totals[key] = self.totals.get(key, 0) + delta.amount
-        self.memory.saved.update(changes.accounts)
-        self.memory.figures |= changes.figures
+        self.memory.commit(changes)
         self._labels += [labels for _, labels in changes.labels]
         self.ledger.trim()
 
@@ -344,7 +356,7 @@ def test_rate_limits_make_the_whole_process_a_subscription() -> None:
     assert (bench.usd(cost_mode="api_key"), bench.usd(cost_mode="subscription")) == (9, 3)
     bench.usage("claude", event(6, 0.5))
     assert (bench.usd(cost_mode="api_key"), bench.usd(cost_mode="subscription")) == (9.5, 3)
-    assert bench.ledger.rate_limits["r", "claude", "five_hour"].used_percent == 45
+    assert bench.ledger.limits.known["r", "claude", "five_hour"].used_percent == 45
 
 
 def test_a_replayed_log_of_readings_adds_nothing() -> None:
@@ -437,9 +449,9 @@ def test_what_was_spent_before_the_cutoff_is_baseline() -> None:
     ("frozen", "size", "written"),
     [
         (bytes.fromhex("9901c3c3000a00a74150495f4b4559a17281a16d9801000102030405ff"), 2,
-         bytes.fromhex("9a01c3c3000a00a74150495f4b4559a17281a16d9801000102030405ff90")),
-        (bytes.fromhex("9a01c3c200ce6b49d20000a74150495f4b4559a172809197d7ff3b9aca006b49d20000ce0016e36002030405"), 2,
-         bytes.fromhex("9a01c3c200ce6b49d20000a74150495f4b4559a172809197d7ff3b9aca006b49d20000ce0016e36002030405")),
+         bytes.fromhex("9b01c3c3000a00a74150495f4b4559a17281a16d9801000102030405ff9000")),
+        (bytes.fromhex("9b01c3c200ce6b49d20000a74150495f4b4559a172809197d7ff3b9aca006b49d20000ce0016e3600203040507"), 2,
+         bytes.fromhex("9b01c3c200ce6b49d20000a74150495f4b4559a172809197d7ff3b9aca006b49d20000ce0016e3600203040507")),
         (bytes.fromhex("9802c305a00094010203048100970000000102030491a165"), 2,
          bytes.fromhex("9802c305a00094010203048100970000000102030491a165")),
         (bytes.fromhex("9a0305a0c20a81000581050990a12f09"), 1,

@@ -10,7 +10,7 @@ import pytest
 
 from coding_agent_exporter import schema
 from coding_agent_exporter.counters import HIDDEN, OPEN, Series
-from coding_agent_exporter.ledger import Changes, Saved
+from coding_agent_exporter.ledger import Archived, Changes, Saved
 from coding_agent_exporter.model import CounterKey, Cursor, FileRow, RateLimit
 from coding_agent_exporter.schema import MIGRATIONS, StoreError, UnusableError, seal
 from coding_agent_exporter.spanmodel import Span
@@ -24,6 +24,7 @@ def batch() -> Batch:
         accounts={"session\nopencode\n1": Saved(b"blob", 1000, settled=False)},
         labels=[(0, KEY[1])],
         figures={-5, 2**62},
+        archive=[Archived("session\nopencode\n1", "m", 50, b"away"), Archived("session\npi\n2", 1234567, 60, b"named")],
         rate_limits={("r", "claude", "five_hour"): RateLimit(45.5, 2000.0, 18000.0, 1000.0)},
     )
     cursor = Cursor(1, 2, 3, b"digest", 4, skipping=True)
@@ -42,6 +43,10 @@ def test_everything_that_was_committed_is_there_after_a_restart(tmp_path: Path) 
     assert store.labels() == [KEY[1]]
     assert store.account("session\nopencode\n1") == b"blob"
     assert [store.has_figures(digest) for digest in (-5, 2**62, 5)] == [True, True, False]
+    assert store.archived("session\nopencode\n1", "m") == b"away"
+    assert store.archived("session\npi\n2", 1234567) == b"named"
+    assert store.archived("session\npi\n2", "1234567") is None
+    assert store.archived("session\npi\n1", 1234567) is None
     assert store.quiet("session", 1001, 10) == ["session\nopencode\n1"]
     assert store.quiet("session", 1000, 10) == []
     assert store.rate_limits() == stored.changes.rate_limits
@@ -52,6 +57,18 @@ def test_everything_that_was_committed_is_there_after_a_restart(tmp_path: Path) 
     assert (row.path, row.cursor, row.source, row.session, row.created, row.parent, row.replay, row.seen) == (
         wanted.path, wanted.cursor, wanted.source, wanted.session, wanted.created, wanted.parent, True, 7)
     store.close()
+
+
+def test_what_is_archived_expires_by_account_and_time(tmp_path: Path) -> None:
+    """What is put away in the same commit stays."""
+    store = Store(tmp_path / "state.db")
+    store.commit(batch())
+    key = "session\npi\n2"
+    store.commit(Batch(Changes(archive=[Archived(key, 2, 55, b"x")], expired={key: 60, "session\nopencode\n1": 49})))
+    assert [store.archived(key, name) for name in (1234567, 2)] == [None, b"x"]
+    assert store.archived("session\nopencode\n1", "m") == b"away"
+    store.close()
+    Store(tmp_path / "state.db").close()
 
 
 def test_a_series_at_its_first_value_is_stored_as_never_scraped(tmp_path: Path) -> None:
@@ -208,12 +225,16 @@ FROZEN_V2 = {
     "accounts": ["number INTEGER", "key TEXT", "touched INTEGER", "settled INTEGER", "crc INTEGER", "value BLOB"],
     "files": [*FROZEN_V1["files"], "crc INTEGER"],
 }
+FROZEN_V3 = {
+    **FROZEN_V2,
+    "archive": ["account INTEGER", "name ", "second INTEGER", "value BLOB", "crc INTEGER"],
+}
 
 
 def test_the_stored_format_is_the_one_that_was_released(tmp_path: Path) -> None:
     """Changing it takes a migration, and a new entry here."""
     Store(tmp_path / "state.db").close()
-    assert schema_of(tmp_path / "state.db") == (2, FROZEN_V2)
+    assert schema_of(tmp_path / "state.db") == (3, FROZEN_V3)
 
 
 def schema_of(path: Path) -> tuple[int, dict[str, list[str]]]:
@@ -239,7 +260,7 @@ def read_all(store: Store) -> list[object]:
     return [
         [store.meta(key) for key in ("baseline", "instances")], store.rate_limits(), store.labels(),
         dict(store.counters()), [(row.path, row.cursor, row.session, row.number) for row in store.files()],
-        store.account("session\nopencode\n1"), store.spans(9),
+        store.account("session\nopencode\n1"), store.archived("session\nopencode\n1", "m"), store.spans(9),
     ]
 
 
@@ -260,6 +281,7 @@ def test_a_state_file_of_the_first_version_is_brought_up_to_date(tmp_path: Path)
     old = sqlite3.connect(tmp_path / "old.db")
     old.executescript(MIGRATIONS[0])
     old.execute("ATTACH ? AS new", (str(tmp_path / "new.db"),))
+    found[-2] = None  # there was no archive then
     for table, columns in FROZEN_V1.items():
         names = ", ".join(column.split()[0] for column in columns)
         old.execute(f"INSERT INTO main.{table} ({names}) SELECT {names} FROM new.{table}")
@@ -271,7 +293,7 @@ def test_a_state_file_of_the_first_version_is_brought_up_to_date(tmp_path: Path)
         assert read_all(store) == found
         assert store.has_figures(2**62)
         store.close()
-    assert schema_of(tmp_path / "old.db") == (2, FROZEN_V2)
+    assert schema_of(tmp_path / "old.db") == (3, FROZEN_V3)
     store = Store(tmp_path / "old.db")
     store.commit(batch())
     store.close()
@@ -281,6 +303,7 @@ def test_a_state_file_of_the_first_version_is_brought_up_to_date(tmp_path: Path)
 @pytest.mark.parametrize("value", [
     b"instances", b"agents", b"five_hour", b"session\nopencode\n1", b"blob", b"1180591620717411303424", b"[\"r\", \"s",
     b"digest", b"/a/b", b"uuid", b"chat m", b"coding_agent_messages_total", b"baseline",
+    b"away",
 ])
 def test_a_bit_that_was_flipped_in_a_row_is_found(value: bytes, tmp_path: Path) -> None:
     """In names, amounts, cursors, accounts, spans: SQLite sees nothing wrong with any of them."""
@@ -308,8 +331,8 @@ def test_a_bit_that_was_flipped_in_a_row_is_found(value: bytes, tmp_path: Path) 
 
 @pytest.mark.parametrize("statement", [
     "DELETE FROM accounts", "DELETE FROM figures WHERE digest > 0", "DELETE FROM counters", "DELETE FROM files",
-    "DELETE FROM labels", "DELETE FROM meta WHERE key = 'baseline'", "DELETE FROM sums", "DROP TABLE labels",
-    "PRAGMA user_version = 0", "UPDATE sums SET value = value + 1",
+    "DELETE FROM labels", "DELETE FROM archive", "DELETE FROM meta WHERE key = 'baseline'", "DELETE FROM sums",
+    "DROP TABLE labels", "PRAGMA user_version = 0", "UPDATE sums SET value = value + 1",
 ])
 def test_rows_that_are_missing_are_found(statement: str, tmp_path: Path) -> None:
     """As a page from before would leave it: each row that is there is right."""

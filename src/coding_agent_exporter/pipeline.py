@@ -353,7 +353,7 @@ class Pipeline:
                 for root in self.settings.roots if root.kind == "telemetry"
                 for activity, count in self._instances.counts(root.alias).items()
             },
-            rate_limits=self._ledger.rate_limits,
+            rate_limits=self._ledger.limits.known,
             exemplars=dict(self._runs.exemplars),
             started=self.first_start,
             info_labels=frozenset(self.settings.telemetry_info_labels),

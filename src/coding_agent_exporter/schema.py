@@ -144,6 +144,17 @@ MIGRATIONS: tuple[str, ...] = (
     CREATE TRIGGER figures_delete AFTER DELETE ON figures BEGIN
         UPDATE sums SET value = value - (old.digest & 4294967295) - (old.digest >> 32) - 1 WHERE name = 'figures'; END;
     """,
+    # Messages of long sessions. `account` is a digest of the account's key, `name` text or a number.
+    """
+    CREATE TABLE archive (
+        account INTEGER NOT NULL, name NOT NULL, second INTEGER NOT NULL, value BLOB NOT NULL, crc INTEGER NOT NULL,
+        PRIMARY KEY (account, name)) WITHOUT ROWID;
+    INSERT INTO sums VALUES ('archive', 0);
+    CREATE TRIGGER archive_insert AFTER INSERT ON archive BEGIN
+        UPDATE sums SET value = value + new.crc WHERE name = 'archive'; END;
+    CREATE TRIGGER archive_delete AFTER DELETE ON archive BEGIN
+        UPDATE sums SET value = value - old.crc WHERE name = 'archive'; END;
+    """,
 )
 
 _SUMS = {
@@ -153,7 +164,14 @@ _SUMS = {
     "accounts": "SELECT sum(crc) FROM accounts INDEXED BY accounts_key",
     "files": "SELECT sum(crc) FROM files",
     "figures": "SELECT sum((digest & 4294967295) + (digest >> 32) + 1) FROM figures",
+    "archive": "SELECT sum(crc) FROM archive",
 }
+
+_SINCE = {"archive": 3}
+"""The version that a table came with, where it is not that of the sums."""
+
+_ONLY_WHEN_WHOLE = frozenset({"figures", "archive"})
+"""Nothing but its size keeps a large file's from being read at the start."""
 
 
 def prepare(db: sqlite3.Connection, path: Path) -> None:
@@ -170,7 +188,7 @@ def prepare(db: sqlite3.Connection, path: Path) -> None:
             f"{len(MIGRATIONS)}); upgrade, or choose another --state.path")
     _check_schema(db, path, version)
     if version > 1:
-        _check_sums(db, path, whole=whole)
+        _check_sums(db, path, version, whole=whole)
     _migrate(db, version, len(MIGRATIONS))
 
 
@@ -187,11 +205,12 @@ def _check_schema(db: sqlite3.Connection, path: Path, version: int) -> None:
         raise damaged(path, "its tables are not those of its version")
 
 
-def _check_sums(db: sqlite3.Connection, path: Path, *, whole: bool) -> None:
+def _check_sums(db: sqlite3.Connection, path: Path, version: int, *, whole: bool) -> None:
     sums = dict(db.execute("SELECT name, value FROM sums"))
     for table, query in _SUMS.items():
-        # Nothing but its size keeps the digests of figures from being read: in a large file they are left out.
-        if (whole or table != "figures") and (db.execute(query).fetchone()[0] or 0) != sums.get(table):
+        if _SINCE.get(table, 0) > version or (table in _ONLY_WHEN_WHOLE and not whole):
+            continue
+        if (db.execute(query).fetchone()[0] or 0) != sums.get(table):
             raise damaged(path, f"rows of {table} are missing or out of date")
 
 

@@ -12,6 +12,7 @@ import os
 import sqlite3
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from hashlib import blake2b
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -25,7 +26,7 @@ from coding_agent_exporter.spanmodel import Span
 if TYPE_CHECKING:
     from collections.abc import Iterator, Sequence
 
-    from coding_agent_exporter.ledger.accounts import Changes
+    from coding_agent_exporter.ledger.changes import Changes
 
 _span = msgspec.msgpack.Decoder(Span)
 _encode = msgspec.msgpack.Encoder().encode
@@ -155,9 +156,20 @@ class Store:
     def has_figures(self, digest: int) -> bool:
         return self._one("SELECT 1 FROM figures WHERE digest = ?", digest) is not None
 
-    def _one(self, query: str, parameter: str | int) -> tuple[Any, ...] | None:
+    def archived(self, account: str, name: int | str) -> bytes | None:
+        row = self._one(
+            "SELECT account, name, second, value, crc FROM archive WHERE account = ? AND name = ?",
+            _digest(account), name)
+        if row is None:
+            return None
+        if seal(row[:4]) != row[4]:
+            raise damaged(self.path, "a row of archive was changed")
+        value: bytes = row[3]
+        return value
+
+    def _one(self, query: str, *parameters: str | int) -> tuple[Any, ...] | None:
         with self._reading():
-            row: tuple[Any, ...] | None = self._db.execute(query, (parameter,)).fetchone()
+            row: tuple[Any, ...] | None = self._db.execute(query, parameters).fetchone()
         return row
 
     @contextmanager
@@ -260,7 +272,13 @@ class Store:
         db.executemany(
             "INSERT INTO accounts (key, touched, settled, value, crc) VALUES (?, ?, ?, ?, ?)",
             [(*one, seal(one)) for one in accounts])
-        db.executemany("INSERT OR IGNORE INTO figures VALUES (?)", [(digest,) for digest in changes.figures])
+        db.executemany(
+            "DELETE FROM archive WHERE account = ? AND second <= ?",
+            [(_digest(key), before) for key, before in changes.expired.items()])
+        archive = [(_digest(one.account), one.name, one.second, one.blob) for one in changes.archive]
+        db.executemany("INSERT OR REPLACE INTO archive VALUES (?, ?, ?, ?, ?)", [(*one, seal(one)) for one in archive])
+        # In order: each falls beside the one before.
+        db.executemany("INSERT OR IGNORE INTO figures VALUES (?)", [(digest,) for digest in sorted(changes.figures)])
         spans = [(batch.now, _encode(span)) for span in changes.spans]
         db.executemany(
             "INSERT INTO outbox (created, value, crc) VALUES (?, ?, ?)", [(*one, seal(one)) for one in spans])
@@ -288,6 +306,12 @@ class Store:
 
 
 _U64 = 2**64 - 1
+
+
+def _digest(account: str) -> int:
+    """A number for the key of an account, which is long, and would stand in every row of the archive."""
+    key = account.encode("utf-8", "surrogatepass")
+    return int.from_bytes(blake2b(key, digest_size=8).digest(), "big", signed=True)
 
 
 def _signed(number: int) -> int:

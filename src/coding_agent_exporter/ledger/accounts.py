@@ -11,21 +11,20 @@ import math
 import re
 from collections import Counter, OrderedDict
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from itertools import groupby
 from operator import attrgetter
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import TYPE_CHECKING, Any
 
 import msgspec
 
 from coding_agent_exporter.ledger import book as slots
 from coding_agent_exporter.ledger.bulk import Bulk
-from coding_agent_exporter.ledger.incremental import Session, SessionRules, identity
+from coding_agent_exporter.ledger.changes import Archived, Changes, Saved, SessionMeta, Storage
+from coding_agent_exporter.ledger.incremental import Record, Session, SessionRules, identity
+from coding_agent_exporter.ledger.limits import RateLimits
 from coding_agent_exporter.ledger.readings import Codex, CodexRules, Process, ProcessRules
 from coding_agent_exporter.model import (
-    MAX_COUNT,
-    CounterKey,
-    Delta,
     RateLimit,
     SessionCompaction,
     SessionHeader,
@@ -37,15 +36,18 @@ from coding_agent_exporter.model import (
 
 if TYPE_CHECKING:
 
-    from coding_agent_exporter.ledger.book import Book, Estimate, Labels
-    from coding_agent_exporter.spanmodel import Span
+    from coding_agent_exporter.ledger.book import Book, Estimate
 
 Account = Session | Codex | Process
 
 _decoder = msgspec.msgpack.Decoder(Account)
+_record = msgspec.msgpack.Decoder(Record)
 _encode = msgspec.msgpack.Encoder().encode
 
 MANY_MESSAGES = 2000
+"""A session that knows more puts half of them away, so that the next message does not cost more than the first.
+Where messages may be forgotten, those a day behind its last event are, before that."""
+
 SWEEP = 200
 """So many quiet accounts are settled in one step: bounds what a step can take."""
 
@@ -57,9 +59,7 @@ PI = "pi"
 """Both write sessions of one kind, each with an id that is unique: one account, whoever wrote what of it."""
 
 ORPHANS = "orphans"
-
-MAX_WINDOWS = 100
-"""So many rate-limit windows are shown; those that are over make room."""
+SESSION = "session\n"
 
 Observer = Callable[[SourceFile, str, str, UsageEvent, UsageEvent | None, bool], None]
 """File, session, message, event, the session's next event if it is known, and whether it is the message's first."""
@@ -67,52 +67,6 @@ Observer = Callable[[SourceFile, str, str, UsageEvent, UsageEvent | None, bool],
 _session = attrgetter("session_id")
 
 _PI_SESSION = re.compile(r"_([0-9a-fA-F]{8}-[0-9a-fA-F-]{27})$")
-
-
-class Storage(Protocol):
-    """Where accounts rest while they are not in memory."""
-
-    def account(self, key: str) -> bytes | None: ...
-
-    def has_figures(self, digest: int) -> bool:
-        """Whether figures with this digest were stored with an earlier `Changes.figures`."""
-
-    def quiet(self, kind: str, before: int, limit: int) -> list[str]:
-        """Keys of accounts of a kind that are not settled and were last changed before an epoch second."""
-
-
-@dataclass(slots=True)
-class SessionMeta:
-    """What a session file's header said; kept with the file's cursor."""
-
-    session: str = ""
-    created: int = 0
-    parent: str = ""
-
-
-@dataclass(slots=True)
-class Saved:
-    """One account to write. `touched` is the epoch second of this change; `settled` ones are not waited for."""
-
-    blob: bytes
-    touched: int
-    settled: bool
-
-
-@dataclass(slots=True)
-class Changes:
-    """All that one step changed, to be committed together."""
-
-    deltas: dict[CounterKey, Delta] = field(default_factory=dict)
-    accounts: dict[str, Saved] = field(default_factory=dict)
-    labels: list[tuple[int, Labels]] = field(default_factory=list)
-    figures: set[int] = field(default_factory=set)
-    spans: list[Span] = field(default_factory=list)
-    rate_limits: dict[tuple[str, str, str], RateLimit] | None = None
-
-    @property
-    def empty(self) -> bool:
-        return not (self.deltas or self.accounts or self.labels or self.figures or self.spans or self.rate_limits)
 
 
 @dataclass(frozen=True, slots=True)
@@ -156,8 +110,7 @@ class Ledger:
         self.written = 0.0
         """Epoch seconds, by the file system's clock, at which the file that is being applied last changed."""
         self.rejected: Counter[tuple[str, str, str]] = Counter()
-        self.rate_limits = rate_limits or {}
-        self._limits_changed = False
+        self.limits = RateLimits(book, rate_limits or {})
         self._storage = storage
         self._agent_label = agent_label
         self._settle_after = settle_after
@@ -167,7 +120,7 @@ class Ledger:
         self._cached = 0
         self._next_sweep = 0.0
         self._dirty: set[str] = set()
-        self._sessions = SessionRules(book, estimate, storage.has_figures)
+        self._sessions = SessionRules(book, estimate, storage.has_figures, self._archived)
         self._bulk = Bulk(book, self._sessions)
         self._codex = CodexRules(book, estimate)
         self._processes = ProcessRules(book)
@@ -196,7 +149,7 @@ class Ledger:
                 self.rejected[file.root, file.kind, "replayed"] += skipped
             for session, number, second in sessions:
                 self._count_session(_key("named", file.source, file.agent, session), number, second)
-        self._note_limits(file, events)
+        self.limits.note(file, events, now)
         return replay
 
     def apply_session(
@@ -226,10 +179,10 @@ class Ledger:
                     self._dirty.add(own)
             account = self._account(key, Session)
             if isinstance(record, SessionCompaction):
-                outcome = self._sessions.apply_compaction(account, file, record, copied=copied)
+                outcome = self._sessions.apply_compaction(key, account, file, record, copied=copied)
             else:
                 lost = self._account(orphans, Session)
-                outcome = self._sessions.apply_entry(account, lost, file, source, record, copied=copied)
+                outcome = self._sessions.apply_entry(key, account, lost, file, source, record, copied=copied)
             if outcome == "changed":
                 self._dirty.add(key)
                 if copied:
@@ -244,8 +197,14 @@ class Ledger:
         changes = Changes()
         for key in self._dirty:
             account = self._cache[key]
-            if complete and isinstance(account, Session) and account.size() > MANY_MESSAGES and _forgets(key):
-                account.forget(min(account.last, int(now)) - 24 * 3600)
+            if isinstance(account, Session) and account.size() > MANY_MESSAGES and key.startswith(SESSION):
+                if complete and _forgets(key):
+                    self._forget(key, account, min(account.last, int(now)) - 24 * 3600, changes)
+                if account.size() > MANY_MESSAGES:
+                    changes.archive += [
+                        Archived(key, name, record.second, _encode(record))
+                        for name, record in account.archive(keep=MANY_MESSAGES // 2)
+                    ]
             changes.accounts[key] = self._saved(key, account, now, settled=not _forgets(key))
         self._dirty.clear()
         if complete and now >= self._next_sweep:
@@ -255,13 +214,11 @@ class Ledger:
                 if key not in changes.accounts:
                     account = self._account(key, Session)
                     # A clock that was wrong once must not make replays of all that is yet to come.
-                    account.forget(min(account.last, int(now) - self._settle_after))
+                    self._forget(key, account, min(account.last, int(now) - self._settle_after), changes)
                     changes.accounts[key] = self._saved(key, account, now, settled=True)
         changes.deltas, changes.labels = self.book.flush()
         changes.figures, self._sessions.figures = self._sessions.figures, set()
-        if self._limits_changed:
-            changes.rate_limits = dict(self.rate_limits)
-            self._limits_changed = False
+        changes.rate_limits = self.limits.take_changed()
         return changes
 
     def trim(self) -> None:
@@ -276,6 +233,15 @@ class Ledger:
         return "subscription" if account.mode == "SUBSCRIPTION" else "api_key"
 
     # -- accounts
+
+    def _forget(self, key: str, account: Session, before: int, changes: Changes) -> None:
+        if account.archived:
+            changes.expired[key] = before
+        account.forget(before)
+
+    def _archived(self, key: str, name: int | str) -> Record | None:
+        blob = self._storage.archived(key, name)
+        return None if blob is None else _record.decode(blob)
 
     def _account(self, key: str, kind: type[Any]) -> Any:
         account = self._cache.get(key)
@@ -333,7 +299,7 @@ class Ledger:
                 end = place
                 if found.alone:
                     count = self._bulk.messages if found.orphans is None else self._bulk.calls
-                    end = count(found.session, file, events, place, agent)
+                    end = count(found.key, found.session, file, events, place, agent)
                 if end > place:
                     self._dirty.add(found.key)
                     place = end
@@ -346,12 +312,12 @@ class Ledger:
         self, found: _Opened, file: SourceFile, event: UsageEvent, agent: str, following: UsageEvent | None
     ) -> None:
         session = found.session
-        before = session.size()
-        outcome = self._sessions.apply_event(session, found.orphans, file, event, agent)
+        if self.observe is not None:
+            name = identity(file, event, in_session_files=found.orphans is not None)
+            first = self._sessions.known(found.key, session, name) is None
+        outcome = self._sessions.apply_event(found.key, session, found.orphans, file, event, agent)
         if self.observe is not None and outcome in {"changed", "same"}:
-            name = str(identity(file, event, in_session_files=found.orphans is not None))
-            first = session.size() > before
-            self.observe(file, found.key.rpartition("\n")[2], name, event, following, first)
+            self.observe(file, found.key.rpartition("\n")[2], str(name), event, following, first)
         if outcome == "changed":
             self._dirty.add(found.key)
         elif outcome != "same":
@@ -372,30 +338,6 @@ class Ledger:
             session.last = second
             self.book.row(number, second)[slots.SESSIONS] += 1
             self._dirty.add(key)
-
-    def _note_limits(self, file: SourceFile, events: list[UsageEvent]) -> None:
-        for event in reversed(events):
-            if event.rate_limits:
-                at = event.timestamp.timestamp()
-                for window, value in event.rate_limits.items():
-                    limit = _rate_limit(value, at)
-                    if limit is not None:
-                        self._note_limit((file.root, file.source, slots.clean(window)), limit)
-                return
-
-    def _note_limit(self, key: tuple[str, str, str], limit: RateLimit) -> None:
-        known = self.rate_limits.get(key)
-        if known is None and len(self.rate_limits) >= MAX_WINDOWS:
-            self.rate_limits = {
-                key: limit for key, limit in self.rate_limits.items()
-                if limit.resets_at is None or limit.resets_at > self.now
-            }
-            if len(self.rate_limits) >= MAX_WINDOWS:
-                self.book.overflowed["rate_limit_windows"] += 1
-                return
-        if known is None or known.seen_at <= limit.seen_at:
-            self._limits_changed = self._limits_changed or known != limit
-            self.rate_limits[key] = limit
 
 
 def pi_session(name: str) -> str:
@@ -435,17 +377,3 @@ def _forgets(key: str) -> bool:
     """
     kind, source = key.split("\n", 2)[:2]
     return kind == "session" and source != "opencode"
-
-
-def _rate_limit(value: Any, at: float) -> RateLimit | None:
-    if not isinstance(value, dict):
-        return None
-
-    def number(name: str) -> float | None:
-        found = value.get(name)
-        if isinstance(found, bool) or not isinstance(found, int | float) or not 0 <= found <= MAX_COUNT:
-            return None
-        return float(found)
-
-    used = number("used_percentage")
-    return None if used is None else RateLimit(used, number("resets_at"), number("window_seconds"), at)

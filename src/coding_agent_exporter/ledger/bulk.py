@@ -48,7 +48,9 @@ class Bulk:
         self._book = book
         self._rules = rules
 
-    def calls(self, session: Session, file: SourceFile, events: list[UsageEvent], place: int, agent: str) -> int:
+    def calls(
+        self, _: str, session: Session, file: SourceFile, events: list[UsageEvent], place: int, agent: str
+    ) -> int:
         """Messages that are named by the start of their call, each later than all that is known of its session.
 
         The caller knows that none of them is an orphan.
@@ -86,7 +88,9 @@ class Bulk:
             session.last = max(session.last, seconds(latest))
         return place
 
-    def messages(self, session: Session, file: SourceFile, events: list[UsageEvent], place: int, agent: str) -> int:
+    def messages(
+        self, key: str, session: Session, file: SourceFile, events: list[UsageEvent], place: int, agent: str
+    ) -> int:
         """Messages that have a name and are told of several times, in a session where none is a copy."""
         first, known = events[place], session.messages
         model, hint = first.model, first.cost_mode
@@ -113,6 +117,8 @@ class Bulk:
                     break
             else:
                 record, second = known.get(named), seconds(at)
+                if record is None and session.archived:
+                    record = self._rules.known(key, session, named)
                 if second < since or (record is not None and (
                         record.number != number or record.cost < 0 or not since <= record.second <= second)):
                     break

@@ -76,7 +76,8 @@ class Session(msgspec.Struct, array_like=True, tag=1):
     `floor`: everything up to here has been counted and forgotten. `live`: a message was seen as it happened, so
     what follows is no copy. `copies`: start of the latest message that the session's own file copied from its
     parent. `last`: the latest second of all that is known of it. `recent`: the messages of pi that came after all of
-    `messages`, in order: not looked up one by one while nothing but a later one comes.
+    `messages`, in order: not looked up one by one while nothing but a later one comes. `archived`: the latest second
+    of the messages that were put away, to be stored by themselves; 0: none.
     """
 
     counted: bool = False
@@ -88,6 +89,7 @@ class Session(msgspec.Struct, array_like=True, tag=1):
     root: str = ""
     messages: dict[int | str, Record] = {}
     recent: list[Recent] = []
+    archived: int = 0
 
     def size(self) -> int:
         return 1 + len(self.messages) + len(self.recent)
@@ -104,25 +106,54 @@ class Session(msgspec.Struct, array_like=True, tag=1):
         old = [name for name, record in self.messages.items() if record.second <= before]
         for name in old:
             del self.messages[name]
-        if old:
+        if old or self.archived:
             self.floor = max(self.floor, before)
+        if self.archived <= before:
+            self.archived = 0
+
+    def archive(self, keep: int) -> list[tuple[int | str, Record]]:
+        """Put away the messages that were first known of, all but so many. Gives what to store."""
+        self.merge()
+        names = list(self.messages)[: max(0, len(self.messages) - keep)]
+        away = [(name, self.messages.pop(name)) for name in names]
+        self.archived = max([1, self.archived, *(record.second for _, record in away)])
+        return away
 
 
 class SessionRules:
     """How messages are counted.
 
-    `seen` tells whether figures with a digest were ever stored; `figures` are those since the last flush.
+    `seen` tells whether figures with a digest were ever stored; `figures` are those since the last flush. `archived`
+    gives what a session put away: account, message -> Record.
     """
 
-    def __init__(self, book: Book, estimate: Estimate, seen: Callable[[int], bool]) -> None:
+    def __init__(
+        self, book: Book, estimate: Estimate, seen: Callable[[int], bool],
+        archived: Callable[[str, int | str], Record | None],
+    ) -> None:
         self.figures: set[int] = set()
         self._begun: dict[int, blake2b] = {}
         self._book = book
         self._estimate = estimate
         self._seen = seen
+        self._archived = archived
+
+    def known(self, key: str, session: Session, message: int | str) -> Record | None:
+        """What is known of a message; from here on it is in `messages`."""
+        if session.recent:
+            session.merge()
+        record = session.messages.get(message)
+        # A message that is named by its time cannot be among those before.
+        if record is None and session.archived and (
+            isinstance(message, str) or message // 1000 <= session.archived + 1
+        ):
+            record = self._archived(key, message)
+            if record is not None:
+                session.messages[message] = record
+        return record
 
     def apply_event(
-        self, session: Session, orphans: Session | None, file: SourceFile, event: UsageEvent, agent: str
+        self, key: str, session: Session, orphans: Session | None, file: SourceFile, event: UsageEvent, agent: str
     ) -> str:
         """Count an event of a usage log, in place of what the events before it had said of the same message.
 
@@ -132,10 +163,9 @@ class SessionRules:
         """
         if not (event.message_id or event.event_id):
             return "no_identity"
-        session.merge()
         message = identity(file, event, in_session_files=orphans is not None)
         second = seconds(event.timestamp)
-        known = session.messages.get(message)
+        known = self.known(key, session, message)
         if known is None:
             if second <= session.floor:
                 return "replayed"
@@ -163,13 +193,12 @@ class SessionRules:
         return outcome if session.mode == before else "changed"
 
     def apply_entry(
-        self, session: Session, orphans: Session, file: SourceFile, source: str, message: SessionMessage,
+        self, key: str, session: Session, orphans: Session, file: SourceFile, source: str, message: SessionMessage,
         *, copied: bool,
     ) -> str:
         """Count an assistant message of a session file. Returns as `apply_event` does."""
-        session.merge()
         identity, second = message.started, message.started // 1000
-        known = session.messages.get(identity)
+        known = self.known(key, session, identity)
         if copied and known is not None:
             return "copied"
         if known is None and (second <= session.floor or (copied and identity <= session.copies)):
@@ -195,12 +224,11 @@ class SessionRules:
         return self._replace(session, identity, known, record, at, shared=True, hinted=False)
 
     def apply_compaction(
-        self, session: Session, file: SourceFile, compaction: SessionCompaction, *, copied: bool
+        self, key: str, session: Session, file: SourceFile, compaction: SessionCompaction, *, copied: bool
     ) -> str:
         """Count a compaction entry of a session file. Returns as `apply_event` does."""
-        session.merge()
         identity, second = f"c{compaction.entry}", compaction.recorded // 1000
-        if identity in session.messages:
+        if self.known(key, session, identity) is not None:
             return "copied" if copied else "same"
         if second <= session.floor or (copied and compaction.recorded <= session.copies):
             return "copied" if copied else "replayed"
