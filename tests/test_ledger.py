@@ -81,7 +81,7 @@ class Bench:
 
     def session(self, *entries: dict[str, Any], name: str = "s") -> None:
         file = SourceFile("sessions", "files", Path(name), name)
-        records, rejected = session_files.decode(b"".join(msgspec.json.encode(entry) + b"\n" for entry in entries))
+        records, rejected, _ = session_files.decode(b"".join(msgspec.json.encode(entry) + b"\n" for entry in entries))
         assert not rejected
         self.ledger.apply_session(file, "pi-coding", SessionMeta(), records, fallback=name)
 

@@ -35,7 +35,7 @@ def taken(dialect: str, data: bytes) -> tuple[list[str | None], int]:
         events, rejected = usage.decode(data)
         return [event.event_id for event in events], rejected.total()
     if dialect == "session":
-        records, rejected = session.decode(data)
+        records, rejected, _ = session.decode(data)
         return [record.entry for record in records if not isinstance(record, SessionHeader)], rejected.total()
     found, wrong = turns.decode(data)
     return [record.entry for record in found if not isinstance(record, Header)], wrong

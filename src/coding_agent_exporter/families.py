@@ -120,11 +120,13 @@ STEP_SECONDS = Family("coding_agent_exporter_step_seconds_total", "counter", (),
 FILE_STATES = ("ok", "unreadable", "invalid", "ignored")
 SOURCE_FILES = Family("coding_agent_exporter_files", "gauge", ("root", "kind", "state"),
                       "Files below the configured directories. state: ok, unreadable (permission, not a regular file, "
-                      "a link out of the directory); of heartbeats also invalid (not a document this exporter knows) and "
-                      "ignored (one too many).")
+                      "a link out of the directory); of heartbeats also invalid (not a document this exporter knows), "
+                      "and ignored (one too many).")
 BYTES_READ = Family("coding_agent_exporter_read_bytes_total", "counter", ("root", "kind"), "Bytes consumed from logs.")
 LINES_READ = Family("coding_agent_exporter_read_lines_total", "counter", ("root", "kind"),
-                    "Lines consumed from logs, accepted or not.")
+                    "Lines consumed from logs, accepted or not; empty ones are none, objects in one line are several.")
+LINES_ACCEPTED = Family("coding_agent_exporter_accepted_lines_total", "counter", ("root", "kind"),
+                        "Lines of logs that could be read. Those consumed are these and the rejected ones.")
 REJECTED = Family("coding_agent_exporter_rejected_total", "counter", ("root", "kind", "reason"),
                   "Lines, or parts of lines, that were not counted, by reason.")
 RESTARTED = Family("coding_agent_exporter_file_restarts_total", "counter", ("root", "kind"),
@@ -164,8 +166,8 @@ FAMILIES: tuple[Family, ...] = (
     PRESSURE, NEAR_LIMIT, CLOSE_TO_LIMIT, CROSSINGS, COMPACTIONS, INSTANCES, HEARTBEAT, START, STALE, LOST,
     RATE_LIMIT_USED, RATE_LIMIT_RESETS, RATE_LIMIT_WINDOW,
     TURNS, TURN_SECONDS, FIRST_TOKEN_SECONDS, TOOL_CALLS, TOOL_SECONDS, GENAI_DURATION, GENAI_TOKENS,
-    BUILD_INFO, SCRAPE_SECONDS, STEPS, STEP_SECONDS, SOURCE_FILES, BYTES_READ, LINES_READ, REJECTED, RESTARTED,
-    LAG_BYTES, COMMITS, STATE_BYTES, SERIES, SERIES_DROPPED, OVERSHOOT, WATCH_FALLBACK,
+    BUILD_INFO, SCRAPE_SECONDS, STEPS, STEP_SECONDS, SOURCE_FILES, BYTES_READ, LINES_READ, LINES_ACCEPTED, REJECTED,
+    RESTARTED, LAG_BYTES, COMMITS, STATE_BYTES, SERIES, SERIES_DROPPED, OVERSHOOT, WATCH_FALLBACK,
     WEB_ERRORS, WEB_REFUSED, SPANS_PENDING, SPANS_EXPORTED, SPANS_FAILED, SPANS_DROPPED,
 )
 BY_NAME: dict[str, Family] = {family.name: family for family in FAMILIES}

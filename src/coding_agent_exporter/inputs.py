@@ -13,7 +13,7 @@ from coding_agent_exporter import families
 from coding_agent_exporter.decode import session as session_files
 from coding_agent_exporter.decode import turns as turn_lines
 from coding_agent_exporter.decode import usage as usage_logs
-from coding_agent_exporter.decode.lines import whole
+from coding_agent_exporter.decode.lines import lines_of, whole
 from coding_agent_exporter.discover import Discovery, Found
 from coding_agent_exporter.ledger import Ledger, SessionMeta
 from coding_agent_exporter.registry import Registry
@@ -240,7 +240,7 @@ class Inputs:
                 if cursor != chunk.cursor:
                     data += chunk.partial
             before = 0 if row.cursor is None or chunk.restarted else row.cursor.offset
-            self._count(file, chunk, data, cursor.offset - before)
+            self._count(file, chunk, cursor.offset - before)
             if data:
                 self._ledger.written = chunk.cursor.changed / 1e9
                 self._apply(file, row, data)
@@ -254,11 +254,10 @@ class Inputs:
                 break
         return budget
 
-    def _count(self, file: SourceFile, chunk: Chunk, data: bytes, consumed: int) -> None:
+    def _count(self, file: SourceFile, chunk: Chunk, consumed: int) -> None:
         where = (file.root, file.kind)
-        lines = data.count(b"\n") + (bool(data) and not data.endswith(b"\n")) + chunk.oversized
         self.stats[families.BYTES_READ.name, where] += max(0, consumed)
-        self.stats[families.LINES_READ.name, where] += lines
+        self.stats[families.LINES_READ.name, where] += chunk.oversized
         if chunk.oversized:
             self.stats[families.REJECTED.name, (*where, "oversized")] += chunk.oversized
             self.warn(str(file.path), "a line is longer than --input.max-line-size and was skipped")
@@ -266,10 +265,11 @@ class Inputs:
     def _apply(self, file: SourceFile, row: FileRow, data: bytes) -> None:
         if file.kind == "usage":
             events, rejected = usage_logs.decode(data)
+            lines = len(events) + lines_of(rejected)
             self.arrived = min(self._now, row.mtime)
             row.replay = self._ledger.apply_usage(file, events, replay=row.replay)
         else:
-            records, rejected = session_files.decode(data)
+            records, rejected, lines = session_files.decode(data)
             if not row.source:
                 row.source = OMP if _TITLE.match(data) else PI
             meta = SessionMeta(row.session, row.created, row.parent)
@@ -281,6 +281,8 @@ class Inputs:
                 self._runs.apply_session(file, row.source, row.session or by_name, turns, self._now)
             row.session, row.created, row.parent = meta.session, meta.created, meta.parent
             self._sessions.add(row.session or by_name)
+        self.stats[families.LINES_READ.name, (file.root, file.kind)] += lines
+        self.stats[families.LINES_ACCEPTED.name, (file.root, file.kind)] += lines - lines_of(rejected)
         for reason, count in rejected.items():
             self.stats[families.REJECTED.name, (file.root, file.kind, reason)] += count
 

@@ -50,7 +50,7 @@ def _logs(root: Root, settings: Settings) -> RootReport:
                     events, wrong = usage_logs.decode(data)
                     accepted += len(events)
                 else:
-                    records, wrong = session_files.decode(data)
+                    records, wrong, _ = session_files.decode(data)
                     accepted += sum(isinstance(record, SessionMessage) for record in records)
                 rejected += wrong
                 rejected["oversized"] += chunk.oversized

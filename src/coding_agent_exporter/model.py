@@ -187,7 +187,12 @@ MAX_COUNT = 2**53
 """Token counts above this are no counts: a float in the exposition could not hold them exactly."""
 
 Count = Annotated[int, msgspec.Meta(ge=0, le=MAX_COUNT)]
-Text = Annotated[str, msgspec.Meta(min_length=1)]
+
+MAX_ID = 256
+"""Names of sessions and messages are remembered: longer ones end in a digest (see `decode.lines.identifier`)."""
+
+Name = Annotated[str, msgspec.Meta(max_length=MAX_ID)]
+Text = Annotated[str, msgspec.Meta(min_length=1, max_length=MAX_ID)]
 
 
 class Cost(msgspec.Struct, frozen=True, gc=False):
@@ -210,12 +215,12 @@ class UsageEvent(msgspec.Struct, frozen=True, gc=False):
 
     timestamp: Annotated[datetime, msgspec.Meta(tz=True)]
     session_id: Text
-    event_id: str | None = None
-    message_id: str | None = None
+    event_id: Name | None = None
+    message_id: Name | None = None
     cost: Cost | None = None
     tokens: Tokens | None = None
     model: str | None = None
-    cost_mode: str | None = None
+    cost_mode: Name | None = None
     rate_limits: dict[str, Any] | None = None
     type: Literal["cost_snapshot"] = "cost_snapshot"
 

@@ -6,17 +6,24 @@ Lines that msgspec refuses get a second chance where they are JSON all the same,
 from __future__ import annotations
 
 import re
+from hashlib import blake2b
 from typing import TYPE_CHECKING, TypeVar
 
 import msgspec
 
+from coding_agent_exporter.model import MAX_ID
+
 if TYPE_CHECKING:
+    from collections import Counter
     from collections.abc import Callable
 
 T = TypeVar("T")
 
 MALFORMED = (msgspec.MsgspecError, ValueError, RecursionError)
 """What msgspec raises on bytes it cannot take: malformed or mistyped JSON, bad UTF-8, nesting past its depth."""
+
+OF_BLOCKS = ("bad_cost", "bad_tokens")
+"""Reasons for which only a part of a line is rejected; for all others it is the line."""
 
 _raw = msgspec.json.Decoder(msgspec.Raw)
 
@@ -54,6 +61,19 @@ def decode_each(decode: Callable[[bytes], T], data: bytes) -> list[T]:
     if not lines[-1]:
         lines.pop()
     return list(map(decode, lines))
+
+
+def lines_of(rejected: Counter[str]) -> int:
+    """How many whole lines were rejected."""
+    return rejected.total() - sum(rejected[reason] for reason in OF_BLOCKS)
+
+
+def identifier(name: str) -> str:
+    """What a session or message is known by: its name, or a digest in the place of what is too long to remember."""
+    if len(name) <= MAX_ID:
+        return name
+    digest = blake2b(name.encode("utf-8", "surrogatepass"), digest_size=16).hexdigest()
+    return f"{name[: MAX_ID - len(digest)]}{digest}"
 
 
 def objects(line: bytes) -> list[bytes]:

@@ -12,7 +12,7 @@ from typing import Any
 
 import msgspec
 
-from coding_agent_exporter.decode.lines import MALFORMED, decode_line, objects
+from coding_agent_exporter.decode.lines import MALFORMED, decode_line, identifier, objects
 from coding_agent_exporter.model import MAX_COUNT, PICO, SessionCompaction, SessionHeader, SessionMessage, SessionRecord
 
 MAX_MS = 253_402_300_800_000
@@ -40,30 +40,37 @@ class _Entry(msgspec.Struct, frozen=True, gc=False):
 _decoder = msgspec.json.Decoder(_Entry)
 
 
-def decode(data: bytes) -> tuple[list[SessionRecord], Counter[str]]:
+def decode(data: bytes) -> tuple[list[SessionRecord], Counter[str], int]:
     """Decode complete lines.
 
     Returns the records in order and the rejected lines by reason: `not_json`, `not_object` (or a record whose type
-    is no text), `bad_timestamp`, `no_session`, `bad_cost`, `bad_tokens`. Entries of other kinds are no rejects.
+    is no text), `bad_timestamp`, `no_session`, `bad_usage`, and `bad_cost` and `bad_tokens` for that block only; and
+    how many lines there were. Entries of other kinds are no rejects.
     """
     records: list[SessionRecord] = []
     rejected: Counter[str] = Counter()
+    lines = 0
     for line in data.split(b"\n"):
+        if not line or line.isspace():
+            continue
+        lines += 1
         # Nearly all bytes of a session are content: a line without one of these words cannot matter.
         if b'"usage"' not in line and b'"compaction"' not in line and b'"session"' not in line:
-            if line and not line.startswith(b"{") and not line.isspace():
+            if not line.startswith(b"{"):
                 rejected["not_json"] += 1
             continue
         try:
             entry = decode_line(_decoder.decode, line)
         except MALFORMED:
-            for piece in objects(line):
+            pieces = objects(line)
+            lines += len(pieces) - 1
+            for piece in pieces:
                 records += _odd(piece, rejected)
             continue
         record = _record(entry, rejected)
         if record is not None:
             records.append(record)
-    return records, rejected
+    return records, rejected, lines
 
 
 def _odd(line: bytes, rejected: Counter[str]) -> list[SessionRecord]:
@@ -92,13 +99,14 @@ def _record(entry: _Entry, rejected: Counter[str]) -> SessionRecord | None:
             rejected["no_session"] += 1
             return None
         parent = entry.parentSession
-        return SessionHeader(entry.id, created or 0, session_key(parent) if isinstance(parent, str) else "")
+        above = identifier(session_key(parent)) if isinstance(parent, str) else ""
+        return SessionHeader(identifier(entry.id), created or 0, above)
     if entry.type == "compaction":
         recorded = iso_ms(entry.timestamp)
         if recorded is None or not isinstance(entry.id, str):
             rejected["bad_timestamp"] += 1
             return None
-        return SessionCompaction(entry.id, recorded)
+        return SessionCompaction(identifier(entry.id), recorded)
     message = entry.message
     if entry.type != "message" or message is None or message.role != "assistant" or message.usage is None:
         return None
@@ -111,10 +119,10 @@ def _record(entry: _Entry, rejected: Counter[str]) -> SessionRecord | None:
         started = recorded
     usage = message.usage
     if not isinstance(usage, dict):
-        rejected["bad_tokens"] += 1
+        rejected["bad_usage"] += 1
         return None
     return SessionMessage(
-        entry=entry.id if isinstance(entry.id, str) else "",
+        entry=identifier(entry.id) if isinstance(entry.id, str) else "",
         started=int(started),
         recorded=recorded if recorded is not None else int(started),
         provider=message.provider if isinstance(message.provider, str) else "",

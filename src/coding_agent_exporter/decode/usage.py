@@ -12,7 +12,7 @@ from typing import Any
 
 import msgspec
 
-from coding_agent_exporter.decode.lines import MALFORMED, decode_each, decode_line, objects
+from coding_agent_exporter.decode.lines import MALFORMED, decode_each, decode_line, identifier, objects
 from coding_agent_exporter.model import MAX_COUNT, Cost, Tokens, UsageEvent
 
 _strict = msgspec.json.Decoder(UsageEvent)
@@ -75,19 +75,24 @@ def _lenient(line: bytes, rejected: Counter[str]) -> list[UsageEvent]:
     limits = raw.get("rate_limits")
     return [UsageEvent(
         timestamp=timestamp,
-        session_id=session,
-        event_id=_text(raw.get("event_id")),
-        message_id=_text(raw.get("message_id")),
+        session_id=identifier(session),
+        event_id=_name(raw.get("event_id")),
+        message_id=_name(raw.get("message_id")),
         cost=None if cost is None else _cost(cost, rejected),
         tokens=None if tokens is None else _tokens(tokens, rejected),
         model=_text(raw.get("model")),
-        cost_mode=_text(raw.get("cost_mode")),
+        cost_mode=_name(raw.get("cost_mode")),
         rate_limits=limits if isinstance(limits, dict) else None,
     )]
 
 
 def _text(value: Any) -> str | None:
     return value if isinstance(value, str) and value else None
+
+
+def _name(value: Any) -> str | None:
+    text = _text(value)
+    return None if text is None else identifier(text)
 
 
 def _timestamp(value: Any) -> datetime | None:

@@ -66,7 +66,7 @@ class Codex(msgspec.Struct, array_like=True, tag=2):
     recent: list[str] = []
 
     def size(self) -> int:
-        return 1 + len(self.parts)
+        return 1 + len(self.parts) + len(self.recent) // 4
 
 
 class Process(msgspec.Struct, array_like=True, tag=3):
@@ -89,7 +89,7 @@ class Process(msgspec.Struct, array_like=True, tag=3):
     session: int = 0
 
     def size(self) -> int:
-        return 1 + (len(self.readings) + len(self.parts)) // 4
+        return 1 + (len(self.readings) + len(self.parts) + len(self.recent)) // 4
 
 
 class CodexRules:
