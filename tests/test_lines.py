@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import tracemalloc
 from typing import Any
 
 import pytest
@@ -10,7 +11,7 @@ import pytest
 from coding_agent_exporter.decode import session, turns, usage
 from coding_agent_exporter.decode.lines import objects, whole
 from coding_agent_exporter.model import SessionHeader
-from coding_agent_exporter.turnmodel import Header
+from coding_agent_exporter.turnmodel import Call, Header
 
 
 def event(name: str) -> dict[str, Any]:
@@ -73,6 +74,55 @@ def test_objects_in_one_line_come_to_what_they_are_in_lines_of_their_own(dialect
                    [a, b'{"usage": "'], [a, b'{"usage": [}', b], [b, b"}"]):
         apart = b"\n".join(pieces[:2]) + b"".join(pieces[2:]) if pieces[1].endswith(b"[}") else b"\n".join(pieces)
         assert taken(dialect, b"".join(pieces) + b"\n") == taken(dialect, apart + b"\n"), pieces
+
+
+@pytest.mark.parametrize("padding", [0, 1 << 17, 3 << 17, 1 << 20])
+def test_a_long_line_comes_to_the_same_as_a_short_one(padding: int) -> None:
+    """However much of a reply or of a tool's arguments is in it."""
+    text = "}{ \\" * (padding // 4)
+    arguments = {"text": text, "a": [{}]}
+    tools = [{"type": "toolCall", "id": f"t{n}", "name": "write", "arguments": arguments} for n in (1, 2)]
+    content = [{"type": "text", "text": text}, *tools, {"type": "text", "text": '"toolCall"', "id": "no"}]
+    reply = entry("reply")
+    reply["message"].update(content=content, model="m", provider="p", errorMessage="x")
+    header = {"type": "session", "id": "s", "timestamp": "2026-01-01T00:00:00Z", "parentSession": "p", "more": text}
+    lines = b"".join(dump(line) + b"\n" for line in (
+        {**event("long"), "more": text}, {**event("odd"), "more": text, "model": 7, "cost": {"total_cost_usd": -1}},
+        {"type": "other", "more": text}, header, reply, {**reply, "message": None, "more": text},
+        {**reply, "type": "custom", "customType": "tool_execution_start", "data": {"toolCallId": "t1"}, "more": text},
+    )) + dump([text]) + b"\n"
+    short = lines.replace(dump(text)[1:-1], b"")
+    assert len(short) < 5000
+    assert usage.decode(lines) == usage.decode(short)
+    assert session.decode(lines) == session.decode(short)
+    assert turns.decode(lines) == turns.decode(short)
+    (call,) = (record for record in turns.decode(lines)[0] if isinstance(record, Call))
+    assert call.tools == [("t1", "write"), ("t2", "write")]
+
+
+@pytest.mark.parametrize("part", ["{},", '{"":0},', '{"type":"toolCall"},'])
+def test_what_is_made_of_a_long_line_is_not_much_larger_than_the_line(part: str) -> None:
+    """A line of four megabytes must not take a hundred: a small container would be killed, at every restart again."""
+    inner = "[" + part * ((300 << 10) // len(part)) + "{}]"
+    usages = [json.dumps({**event("e"), name: "@"}).replace('"@"', inner) for name in
+              ("rate_limits", "model", "cost", "tokens", "timestamp", "session_id", "type", "event_id")]
+    entries = [json.dumps({**entry("e"), name: "@"}).replace('"@"', inner) for name in
+               ("id", "parentId", "timestamp", "type", "message")]
+    message = entry("e")["message"]
+    entries += [json.dumps({**entry("e"), "message": {**message, name: "@"}}).replace('"@"', inner) for name in
+                ("content", "usage", "role", "timestamp", "toolCallId", "errorMessage")]
+    tracemalloc.start()
+    try:
+        for decode, lines in ((usage.decode, usages), (session.decode, entries), (turns.decode, entries)):
+            for line in lines:
+                data = line.encode()
+                tracemalloc.reset_peak()
+                before, _ = tracemalloc.get_traced_memory()
+                decode(data)
+                peak = tracemalloc.get_traced_memory()[1] - before
+                assert peak < 8 * len(data), (decode.__module__, line[:300])
+    finally:
+        tracemalloc.stop()
 
 
 def test_a_line_that_is_no_row_of_objects_stays_one() -> None:

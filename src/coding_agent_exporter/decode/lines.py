@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import re
 from hashlib import blake2b
-from typing import TYPE_CHECKING, TypeVar
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import msgspec
 
@@ -15,7 +15,7 @@ from coding_agent_exporter.model import MAX_ID
 
 if TYPE_CHECKING:
     from collections import Counter
-    from collections.abc import Callable
+    from collections.abc import Callable, Iterator
 
 T = TypeVar("T")
 
@@ -25,6 +25,12 @@ MALFORMED = (msgspec.MsgspecError, ValueError, RecursionError)
 OF_BLOCKS = ("bad_cost", "bad_tokens")
 """Reasons for which only a part of a line is rejected; for all others it is the line."""
 
+LONG = 1 << 18
+"""Lines of more bytes are read with care: what is made of a line can take thirty times its size."""
+
+MAX_MEMBER = 1 << 14
+"""In a long line, a member of more bytes that is no text has the wrong type, whatever it is."""
+
 _raw = msgspec.json.Decoder(msgspec.Raw)
 
 # A string that does not end goes to the end of the line: looking for its end again and again would take for ever.
@@ -32,6 +38,8 @@ _TOKEN = re.compile(rb'"(?:[^"\\]|\\.)*+(?:"|\\?\Z)|[{}]', re.DOTALL)
 
 # The escape of half a character, behind an even number of backslashes.
 _SURROGATE = re.compile(rb"(?<!\\)((?:\\\\)*)\\u[dD][89a-fA-F][0-9a-fA-F]{2}")
+
+_TOO_LARGE = object()
 
 
 def decode_line(decode: Callable[[bytes], T], line: bytes) -> T:
@@ -49,6 +57,27 @@ def decode_line(decode: Callable[[bytes], T], line: bytes) -> T:
         if mended == line:
             raise
         return decode(mended)
+
+
+class Members:
+    """Reads some members of an object, by name. Large ones become what has no type; those in `raw` stay bytes."""
+
+    def __init__(self, *names: str, raw: tuple[str, ...] = ()) -> None:
+        self._raw = raw
+        self._names = names
+        kind = msgspec.defstruct("Members", [(name, msgspec.Raw, msgspec.Raw()) for name in (*names, *raw)])
+        self._decode: Callable[[bytes], Any] = msgspec.json.Decoder(kind).decode
+
+    def read(self, line: bytes) -> dict[str, Any]:
+        """The members that are there; raises what is in `MALFORMED`: a ValidationError where it is no object."""
+        found = decode_line(self._decode, line)
+        members: dict[str, Any] = {name: getattr(found, name) for name in self._raw}
+        for name in self._names:
+            value = bytes(getattr(found, name))
+            if value:
+                small = len(value) <= MAX_MEMBER or value.startswith(b'"')
+                members[name] = msgspec.json.decode(value) if small else _TOO_LARGE
+        return members
 
 
 def decode_each(decode: Callable[[bytes], T], data: bytes) -> list[T]:
@@ -82,12 +111,25 @@ def objects(line: bytes) -> list[bytes]:
     Several are in one line when a writer died before its newline, and the next one wrote on. The first one would have
     been taken by itself, had it been read before the next one came.
     """
-    ends = _ends(line)
-    if not ends or (len(ends) == 1 and not line[ends[0]:].strip()):
+    ends = [] if is_json(line) else _ends(line)
+    if not ends:
         return [line]
     pieces = [line[start:end] for start, end in zip([0, *ends], ends, strict=False)]
     rest = line[ends[-1]:]
     return pieces if not rest or rest.isspace() else [*pieces, rest]
+
+
+def elements(array: bytes) -> Iterator[bytes]:
+    """The objects in an array that is well-formed JSON, one by one."""
+    start = depth = 0
+    for token in _TOKEN.finditer(array):
+        if token[0] == b"{":
+            start = start if depth else token.start()
+            depth += 1
+        elif token[0] == b"}":
+            depth -= 1
+            if depth == 0:
+                yield array[start:token.end()]
 
 
 def whole(partial: bytes) -> int:
@@ -111,14 +153,15 @@ def _ends(line: bytes) -> list[int]:
         elif brace == b"}":
             depth -= 1
             if depth == 0:
-                if not _is_json(line[start:token.end()]):
+                if not is_json(line[start:token.end()]):
                     break
                 start = token.end()
                 ends.append(start)
     return ends
 
 
-def _is_json(line: bytes) -> bool:
+def is_json(line: bytes) -> bool:
+    """Whether it is JSON of any kind."""
     try:
         decode_line(_raw.decode, line)
     except MALFORMED:

@@ -12,7 +12,7 @@ from typing import Any
 
 import msgspec
 
-from coding_agent_exporter.decode.lines import MALFORMED, decode_line, identifier, objects
+from coding_agent_exporter.decode.lines import LONG, MALFORMED, Members, decode_line, identifier, objects
 from coding_agent_exporter.model import MAX_COUNT, PICO, SessionCompaction, SessionHeader, SessionMessage, SessionRecord
 
 MAX_MS = 253_402_300_800_000
@@ -38,6 +38,8 @@ class _Entry(msgspec.Struct, frozen=True, gc=False):
 
 
 _decoder = msgspec.json.Decoder(_Entry)
+_entry_members = Members("type", "id", "timestamp", "parentSession", raw=("message",))
+_message_members = Members(*_Message.__struct_fields__)
 
 
 def decode(data: bytes) -> tuple[list[SessionRecord], Counter[str], int]:
@@ -60,7 +62,7 @@ def decode(data: bytes) -> tuple[list[SessionRecord], Counter[str], int]:
                 rejected["not_json"] += 1
             continue
         try:
-            entry = decode_line(_decoder.decode, line)
+            entry = _entry(line)
         except MALFORMED:
             pieces = objects(line)
             lines += len(pieces) - 1
@@ -73,9 +75,18 @@ def decode(data: bytes) -> tuple[list[SessionRecord], Counter[str], int]:
     return records, rejected, lines
 
 
+def _entry(line: bytes) -> _Entry:
+    if len(line) <= LONG:
+        return decode_line(_decoder.decode, line)
+    members = _entry_members.read(line)
+    message = bytes(members.pop("message"))
+    return msgspec.convert(
+        {**members, "message": _message_members.read(message) if message not in {b"", b"null"} else None}, _Entry)
+
+
 def _odd(line: bytes, rejected: Counter[str]) -> list[SessionRecord]:
     try:
-        entry = decode_line(_decoder.decode, line)
+        entry = _entry(line)
     except msgspec.ValidationError:
         rejected["not_object"] += 1
         return []

@@ -12,7 +12,7 @@ from typing import Any
 
 import msgspec
 
-from coding_agent_exporter.decode.lines import MALFORMED, decode_line, objects
+from coding_agent_exporter.decode.lines import LONG, MALFORMED, Members, decode_line, elements, objects
 from coding_agent_exporter.decode.session import MAX_MS, cost_of, iso_ms, session_key, tokens_of
 from coding_agent_exporter.turnmodel import (
     STOPS,
@@ -68,7 +68,7 @@ class _Entry(msgspec.Struct, frozen=True):
     data: msgspec.Raw = msgspec.Raw()
 
 
-class _Part(msgspec.Struct, frozen=True):
+class _Part(msgspec.Struct, frozen=True, gc=False):
     type: Any = None
     id: Any = None
     name: Any = None
@@ -80,10 +80,15 @@ class _Custom(msgspec.Struct, frozen=True):
 
 
 _entry = msgspec.json.Decoder(_Entry)
+_entry_members = Members("type", "id", "parentId", "timestamp", "parentSession", "customType", raw=("message", "data"))
 _message = msgspec.json.Decoder(_Message)
+_message_members = Members(
+    *(name for name in _Message.__struct_fields__ if name not in {"content", "errorMessage"}),
+    raw=("content", "errorMessage"))
 _parts = msgspec.json.Decoder(list[_Part])
 _raw_parts = msgspec.json.Decoder(list[msgspec.Raw])
 _part = msgspec.json.Decoder(_Part)
+_part_members = Members("type", "id", "name")
 _custom = msgspec.json.Decoder(_Custom)
 
 
@@ -98,7 +103,7 @@ def decode(data: bytes) -> tuple[list[Record], int]:
         if not line or line.isspace():
             continue
         try:
-            entry = decode_line(_entry.decode, line)
+            entry = _decode_entry(line)
             record = _record(entry)
         except MALFORMED:
             pieces = objects(line)
@@ -116,6 +121,14 @@ def decode(data: bytes) -> tuple[list[Record], int]:
     return records, rejected
 
 
+def _decode_entry(line: bytes) -> _Entry:
+    return decode_line(_entry.decode, line) if len(line) <= LONG else msgspec.convert(_entry_members.read(line), _Entry)
+
+
+def _decode_message(line: bytes) -> _Message:
+    return decode_line(_message.decode, line) if len(line) <= LONG else _Message(**_message_members.read(line))
+
+
 def _record(entry: _Entry) -> Record | None:
     """The record of an entry; None when it lacks what makes it one (a time, an id)."""
     recorded = _time(entry.timestamp)
@@ -124,7 +137,7 @@ def _record(entry: _Entry) -> Record | None:
             return None
         parent = session_key(entry.parentSession) if isinstance(entry.parentSession, str) else ""
         return Header(_text(entry.id), recorded, parent if _SESSION.fullmatch(parent) else "")
-    message = decode_line(_message.decode, bytes(entry.message)) if entry.type == "message" else None
+    message = _decode_message(bytes(entry.message)) if entry.type == "message" else None
     if message is not None:
         recorded = recorded or _time(message.timestamp)
     if not recorded:
@@ -162,7 +175,7 @@ def _from_custom(entry: _Entry, name: str, parent: str, recorded: int) -> Record
         return Exit(name, parent, recorded)
     if entry.customType == "tool_execution_start":
         try:
-            data = decode_line(_custom.decode, bytes(entry.data))
+            data = decode_line(_custom.decode, bytes(entry.data)) if len(bytes(entry.data)) <= LONG else _Custom()
         except MALFORMED:
             return Other(name, parent, recorded)
         return ToolStart(name, parent, recorded, _text(data.toolCallId), _time(data.startedAt) or recorded)
@@ -197,6 +210,8 @@ def _tools(content: bytes) -> list[tuple[str, str]]:
     """Id and name of each tool call among the parts of a message; arguments are never decoded."""
     if b'"toolCall"' not in content:
         return []
+    if len(content) > LONG:
+        return _tools_apart(content)
     try:
         parts = decode_line(_parts.decode, content)
     except MALFORMED:
@@ -212,6 +227,19 @@ def _tools(content: bytes) -> list[tuple[str, str]]:
                 continue
     calls = [(_text(part.id), _text(part.name)) for part in parts if part.type == "toolCall"]
     return calls[:MAX_TOOLS]
+
+
+def _tools_apart(content: bytes) -> list[tuple[str, str]]:
+    calls: list[tuple[str, str]] = []
+    for part in elements(content):
+        if b'"toolCall"' in part and len(calls) < MAX_TOOLS:
+            try:
+                members = _part_members.read(part)
+            except MALFORMED:
+                continue
+            if members.get("type") == "toolCall":
+                calls.append((_text(members.get("id")), _text(members.get("name"))))
+    return calls
 
 
 def _text(value: Any) -> str:

@@ -12,11 +12,20 @@ from typing import Any
 
 import msgspec
 
-from coding_agent_exporter.decode.lines import MALFORMED, decode_each, decode_line, identifier, objects
+from coding_agent_exporter.decode.lines import (
+    LONG,
+    MALFORMED,
+    Members,
+    decode_each,
+    decode_line,
+    identifier,
+    is_json,
+    objects,
+)
 from coding_agent_exporter.model import MAX_COUNT, Cost, Tokens, UsageEvent
 
 _strict = msgspec.json.Decoder(UsageEvent)
-_loose = msgspec.json.Decoder()
+_members = Members(*UsageEvent.__struct_fields__)
 
 _COUNTS = ("input", "output", "cache_read", "cache_creation")
 
@@ -27,38 +36,45 @@ def decode(data: bytes) -> tuple[list[UsageEvent], Counter[str]]:
     Returns the accepted events in order, and the rejected lines and blocks by reason: `not_json`, `not_object`,
     `other_type`, `no_session`, `bad_timestamp` drop the line; `bad_cost` and `bad_tokens` only that block.
     """
-    try:
-        return decode_each(_strict.decode, data), Counter()
-    except MALFORMED:
-        pass
+    if len(data) <= LONG:
+        try:
+            return decode_each(_strict.decode, data), Counter()
+        except MALFORMED:
+            pass
     events: list[UsageEvent] = []
     rejected: Counter[str] = Counter()
     for line in data.split(b"\n"):
         if not line or line.isspace():
             continue
         try:
-            events.append(decode_line(_strict.decode, line))
+            events.append(_decode(line))
         except MALFORMED:
             for piece in objects(line):
                 events += _odd(piece, rejected)
     return events, rejected
 
 
+def _decode(line: bytes) -> UsageEvent:
+    if len(line) > LONG:
+        raise ValueError
+    return decode_line(_strict.decode, line)
+
+
 def _odd(line: bytes, rejected: Counter[str]) -> list[UsageEvent]:
     try:
-        return [decode_line(_strict.decode, line)]
+        return [_decode(line)]
     except MALFORMED:
         return _lenient(line, rejected)
 
 
 def _lenient(line: bytes, rejected: Counter[str]) -> list[UsageEvent]:
     try:
-        raw = decode_line(_loose.decode, line)
+        raw = _members.read(line)
+    except msgspec.ValidationError:
+        rejected["not_object" if is_json(line) else "not_json"] += 1
+        return []
     except MALFORMED:
         rejected["not_json"] += 1
-        return []
-    if not isinstance(raw, dict):
-        rejected["not_object"] += 1
         return []
     if raw.get("type", "cost_snapshot") != "cost_snapshot":
         rejected["other_type"] += 1
