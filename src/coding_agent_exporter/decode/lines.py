@@ -53,6 +53,8 @@ def decode_line(decode: Callable[[bytes], T], line: bytes) -> T:
     except msgspec.ValidationError:
         raise
     except MALFORMED:
+        if b"\\ud" not in line and b"\\uD" not in line:
+            raise
         mended = _SURROGATE.sub(rb"\1\\ufffd", line)
         if mended == line:
             raise
