@@ -15,10 +15,6 @@ from prometheus_client.openmetrics.parser import text_string_to_metric_families 
 
 from agents_support import iso
 from coding_agent_exporter import families
-from coding_agent_exporter.heartbeat import MAX_FILES
-from coding_agent_exporter.ledger.accounts import MAX_WINDOWS
-from coding_agent_exporter.ledger.book import OTHERS
-from coding_agent_exporter.runs import MAX_TOOLS
 from process_support import Exporter, fallen
 from support import total
 
@@ -30,6 +26,8 @@ if TYPE_CHECKING:
 
 SEED = 11
 MAX_SERIES = 100
+# The rest of what docs/operating.md says under "Bounds".
+OTHERS, MAX_TOOLS, MAX_WINDOWS, MAX_FILES = 100, 200, 100, 1000
 MODES = 2
 ACCOUNTS, DIRECTORIES = 20, 40
 """Agents, and made-up harnesses, that write each."""

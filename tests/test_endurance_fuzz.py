@@ -13,7 +13,7 @@ import pytest
 
 from coding_agent_exporter.decode import session, turns, usage
 from coding_agent_exporter.decode.heartbeat import parse
-from coding_agent_exporter.decode.lines import lines_of, objects
+from coding_agent_exporter.decode.lines import is_json, lines_of, objects
 from coding_agent_exporter.model import Heartbeat, Rejected
 from fuzz_support import (
     Mutator,
@@ -30,6 +30,8 @@ if TYPE_CHECKING:
     from collections.abc import Callable
 
 SEED = 20261130
+WORDS = (b'"usage"', b'"compaction"', b'"session"')
+"""A line of a session file without one of these cannot matter."""
 
 
 def usage_accounts(line: bytes) -> tuple[list[Any], Any]:
@@ -43,6 +45,9 @@ def session_accounts(line: bytes) -> tuple[list[Any], Any]:
     records, rejected, lines = session.decode(line)
     assert 1 <= lines <= len(objects(line))
     assert len(records) + lines_of(rejected) <= lines
+    if not records and not rejected:  # an entry of another kind, and no garbage
+        assert all(is_json(piece) or not any(word in piece for word in WORDS) for piece in objects(line))
+        assert line.lstrip().startswith(b"{")
     return list(records), (rejected, lines)
 
 
@@ -78,7 +83,7 @@ def test_each_line_is_accounted_for_whatever_it_is_beside(dialect: str, amount: 
     (good, *_), _ = accounts(good_line)
     with watchdog():
         while done < wanted:
-            chunk = [mutator.line() for _ in range(mutator.chance.choice((1, 3, 40)))]
+            chunk = [mutator.line() for _ in range(mutator.chance.choice((1, 1, 1, 2, 3, 40)))]
             done += len(chunk)
             places = {mutator.chance.randrange(len(chunk) + 1) for _ in range(3)}
             for place in places:
