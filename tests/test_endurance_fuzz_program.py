@@ -96,16 +96,28 @@ class World:
 
     def slices(self, home: Path) -> list[tuple[Path, bytes]]:
         """The same bytes in pieces, each file's in their order."""
-        left = {home / name: data for name, data in self.files.items()}
+        left = {home / name: pieces(data, self.chance) for name, data in self.files.items()}
         found = []
         while left:
             path = self.chance.choice(sorted(left))
-            size = self.chance.choice((1, 50, 300, 2_000, 20_000, 200_000))
-            found.append((path, left[path][:size]))
-            left[path] = left[path][size:]
+            found.append((path, left[path].pop(0)))
             if not left[path]:
                 del left[path]
         return found
+
+
+def pieces(data: bytes, chance: random.Random) -> list[bytes]:
+    """Cut anywhere, and often right between two objects of one line: there the first is whole for a while."""
+    found = []
+    at = 0
+    while at < len(data):
+        end = at + chance.choice((1, 50, 300, 2_000, 20_000, 200_000))
+        glued = data.find(b"}{", at, end)
+        if glued >= 0 and chance.random() < 0.7:
+            end = glued + 1
+        found.append(data[at:end])
+        at = end
+    return found
 
 
 def append(path: Path, data: bytes) -> None:
@@ -206,10 +218,10 @@ def test_a_damaged_session_comes_to_the_same_turns_however_it_is_read(
         data = b"".join(
             (mutator.line() if chance.random() < 0.2 else line) + b"\n" for line in lines_in(recording.read_bytes()))
         found: list[dict[CounterKey, int]] = []
-        for pieces in ([data], [data[at : at + 700] for at in range(0, len(data), 700)]):
+        for slices in ([data], pieces(data, chance)):
             home = tmp_path / f"{number}-{len(found)}"
             pipeline = Pipeline(configured(home), clock=Clock())
-            for piece in pieces:
+            for piece in slices:
                 append(home / "sessions/--p--" / recording.name, piece)
                 pipeline.step()
             drain(pipeline)
