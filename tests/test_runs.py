@@ -807,3 +807,22 @@ def test_a_flood_of_model_names_is_capped_in_histograms_too(tmp_path: Path) -> N
     assert max(len(found) for found in labels.values()) <= 22
     assert sum(number for (family, _), number in exact(world.pipeline).items()
                if family == "coding_agent_turns_total") == 50
+
+
+def test_a_header_in_the_middle_of_a_file_names_what_follows_however_it_is_read(tmp_path: Path) -> None:
+    """The first line is damaged, and somebody else's header stands further down, and another one after it."""
+    file = prompt_with_tool()
+    header, *entries = file.lines
+    other, third = (json.dumps({**json.loads(header), "id": name}) for name in ("other", "third"))
+    found: list[list[tuple[str, str, str]]] = []
+    for slices in ([5], [1, 2, 3, 4, 5]):
+        world = World(tmp_path / str(len(found)))
+        file.lines = [header[:-5], entries[0], other, entries[1], third, *entries[2:]]
+        for until in (*slices, None):
+            world.write(file, until)
+            world.step(0)
+        world.step(3 * HOUR)
+        found.append(sorted((span.name, span.trace, span.span) for span in world.spans()))
+        world.pipeline.close()
+    assert found[0] == found[1]
+    assert len(found[0]) > 2

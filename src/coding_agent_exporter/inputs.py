@@ -278,7 +278,8 @@ class Inputs:
             self._ledger.apply_session(file, row.source, meta, records, fallback=by_name)
             if self._runs is not None:
                 turns, _ = turn_lines.decode(data)  # what is malformed was counted above
-                self._runs.apply_session(file, row.source, row.session or by_name, turns, self._now)
+                self._runs.apply_session(
+                    file, row.source, row.session or by_name, turns, self._now, known=bool(row.session))
             row.session, row.created, row.parent = meta.session, meta.created, meta.parent
             self._sessions.add(row.session or by_name)
         self.stats[families.LINES_READ.name, (file.root, file.kind)] += lines

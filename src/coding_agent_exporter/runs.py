@@ -107,19 +107,28 @@ class Runs:
 
     # -- session files
 
-    def apply_session(self, file: SourceFile, source: str, session: str, records: list[Record], now: float) -> None:
-        """Take the records of a session file, in file order. `session` names it until its header was read."""
+    def apply_session(
+        self, file: SourceFile, source: str, session: str, records: list[Record], now: float, *, known: bool = False
+    ) -> None:
+        """Take the records of a session file, in file order. `session` names it until its header was read; `known`:
+        it was, and names what follows too."""
+        headers = (place for place, record in enumerate(records) if isinstance(record, Header))
+        first = None if known else next(headers, None)
+        self._apply(file, source, session[:MAX_TEXT], "", records[:first], now)
+        if first is not None:
+            header = records[first]
+            assert isinstance(header, Header), "it was looked for"
+            self._apply(file, source, header.session, header.parent, records[first:], now)
+
+    def _apply(
+        self, file: SourceFile, source: str, name: str, parent: str, records: list[Record], now: float
+    ) -> None:
         if not records:
             return
-        name, parent = session[:MAX_TEXT], ""
-        for record in records:
-            if isinstance(record, Header):
-                # A file in a folder that is named after its parent is a sub-agent's; any other one is a fork.
-                name, parent = record.session, record.parent
-                break
         key = f"{TURNS}\n{name}"
         turns = self._session(key, file.root, source)
         assert isinstance(turns.state, Turns), "the key says so"
+        # A file in a folder that is named after its parent is a sub-agent's; any other one is a fork.
         spawner = None
         if parent and file.path.parent.name.endswith(parent):
             above = self._session(f"{TURNS}\n{parent}", file.root, source).state
