@@ -101,7 +101,7 @@ class World:
         self.usd += 1
         self.tokens += 10
         self.calls += 1
-        base = {"type": "message", "timestamp": "2026-12-02T00:00:00Z"}
+        base = {"type": "message", "timestamp": iso(at / 1000 + 1)}
         yield json.dumps({**base, "id": f"{name()}{at}", "message": {
             "role": "assistant", "provider": name(), "model": name(), "timestamp": at, "stopReason": name(), "ttft": 5,
             "usage": {"input": 10, "cost": {"total": 0.5}},

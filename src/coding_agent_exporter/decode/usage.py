@@ -36,7 +36,7 @@ def decode(data: bytes) -> tuple[list[UsageEvent], Counter[str]]:
     Returns the accepted events in order, and the rejected lines and blocks by reason: `not_json`, `not_object`,
     `other_type`, `no_session`, `bad_timestamp` drop the line; `bad_cost` and `bad_tokens` only that block.
     """
-    if len(data) <= LONG:
+    if len(data) <= LONG or max(map(len, data.split(b"\n"))) <= LONG:
         try:
             return decode_each(_strict.decode, data), Counter()
         except MALFORMED:
