@@ -174,13 +174,13 @@ _ONLY_WHEN_WHOLE = frozenset({"figures", "archive"})
 """Nothing but its size keeps a large file's from being read at the start."""
 
 
-def prepare(db: sqlite3.Connection, path: Path) -> None:
-    """Check what is there, and bring it to this version. Raises StoreError, and sqlite3's errors."""
+def check(db: sqlite3.Connection, path: Path) -> None:
+    """Raises UnusableError when it is not what was stored, and sqlite3's errors. Changes nothing."""
     whole = path.stat().st_size <= CHECKED_BYTES
     if whole:
         found = db.execute("PRAGMA integrity_check(1)").fetchone()[0]
         if found != "ok":
-            raise damaged(path, found)
+            raise damaged(path, found.splitlines()[-1])  # below the name of the database
     version = db.execute("PRAGMA user_version").fetchone()[0]
     if version > len(MIGRATIONS):
         raise UnusableError(
@@ -189,7 +189,11 @@ def prepare(db: sqlite3.Connection, path: Path) -> None:
     _check_schema(db, path, version)
     if version > 1:
         _check_sums(db, path, version, whole=whole)
-    _migrate(db, version, len(MIGRATIONS))
+
+
+def migrate(db: sqlite3.Connection) -> None:
+    """Bring what was checked to this version, each step in a transaction of its own. Raises sqlite3's errors."""
+    _migrate(db, db.execute("PRAGMA user_version").fetchone()[0], len(MIGRATIONS))
 
 
 def _check_schema(db: sqlite3.Connection, path: Path, version: int) -> None:

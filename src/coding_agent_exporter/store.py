@@ -20,7 +20,7 @@ import msgspec
 
 from coding_agent_exporter.counters import HIDDEN, OPEN, Series
 from coding_agent_exporter.model import CounterKey, Cursor, FileRow, RateLimit
-from coding_agent_exporter.schema import StoreError, UnusableError, damaged, prepare, seal
+from coding_agent_exporter.schema import StoreError, UnusableError, check, damaged, migrate, seal
 from coding_agent_exporter.spanmodel import Span
 
 if TYPE_CHECKING:
@@ -180,10 +180,11 @@ class Store:
             raise _failure(self.path, error, "read") from error
 
     def quiet(self, kind: str, before: int, limit: int) -> list[str]:
-        rows = self._db.execute(
-            "SELECT key FROM accounts WHERE settled = 0 AND touched < ? AND key GLOB ? ORDER BY touched LIMIT ?",
-            (before, f"{kind}\n*", limit),
-        )
+        with self._reading():
+            rows = self._db.execute(
+                "SELECT key FROM accounts WHERE settled = 0 AND touched < ? AND key GLOB ? ORDER BY touched LIMIT ?",
+                (before, f"{kind}\n*", limit),
+            ).fetchall()
         return [key for (key,) in rows]
 
     # -- the outbox
@@ -195,7 +196,8 @@ class Store:
         return [(number, _span.decode(value)) for _, value, number in rows]
 
     def count_spans(self) -> int:
-        count: int = self._db.execute("SELECT COUNT(*) FROM outbox").fetchone()[0]
+        with self._reading():
+            count: int = self._db.execute("SELECT COUNT(*) FROM outbox").fetchone()[0]
         return count
 
     def forget_spans(self, numbers: Sequence[int]) -> int:
@@ -222,6 +224,8 @@ class Store:
         """All of it or nothing. Raises StoreError."""
         try:
             self._require_hold()
+            if self._db.in_transaction:  # the last one could not even be rolled back
+                self._db.execute("ROLLBACK")
             # A crash of the program loses nothing. After a power cut the last commits may be missing, together, back
             # to the last durable one: what they had counted is read again.
             self._db.execute(f"PRAGMA synchronous = {'FULL' if durable else 'NORMAL'}")
@@ -355,6 +359,12 @@ def _open(path: Path) -> tuple[int, sqlite3.Connection]:
         raise StoreError(f"cannot use the state file {path}: {error.strerror}") from error
     db = None
     try:
+        if path.with_name(f"{path.name}-journal").exists():  # of the very first start, which was killed
+            sqlite3.connect(path).execute("PRAGMA user_version").connection.close()
+        # A connection that may write would, when it is closed, mix a damaged file with the write-ahead log beside it.
+        db = sqlite3.connect(f"{path.absolute().as_uri()}?mode=ro", uri=True, timeout=5)
+        check(db, path)
+        db.close()
         # The pipeline's lock keeps to one thread at a time.
         db = sqlite3.connect(path, isolation_level=None, check_same_thread=False, timeout=5)
         db.execute("PRAGMA cell_size_check = ON")  # damage is found where it is, not in what follows from it
@@ -362,7 +372,7 @@ def _open(path: Path) -> tuple[int, sqlite3.Connection]:
         db.execute("PRAGMA cache_size = -2048")
         db.execute("PRAGMA wal_autocheckpoint = 1000")
         db.execute("PRAGMA recursive_triggers = ON")  # what REPLACE removes counts in the sums
-        prepare(db, path)
+        migrate(db)
     except BaseException as error:
         if db is not None:
             db.close()
