@@ -14,7 +14,7 @@ from prometheus_client.parser import text_string_to_metric_families
 from coding_agent_exporter import config
 from coding_agent_exporter.expose import render
 from coding_agent_exporter.model import PICO
-from coding_agent_exporter.schema import seal
+from coding_agent_exporter.schema import account_seal, seal
 
 if TYPE_CHECKING:
     from coding_agent_exporter.config import Settings
@@ -44,11 +44,13 @@ def settings(home: Path, *flags: str) -> Settings:
 def reseal(state: sqlite3.Connection) -> None:
     """Make checksums right that a test's change has made wrong."""
     state.create_function("seal", -1, lambda *row: seal(row))
-    state.execute("UPDATE accounts SET crc = seal(key, touched, settled, value)")
+    state.create_function("account_seal", 4, account_seal)
+    state.execute("UPDATE accounts SET crc = account_seal(key, touched, settled, value)")
     state.execute("UPDATE outbox SET crc = seal(created, value)")
     state.execute("UPDATE counters SET crc = seal(family, labels, exact, shown, first, open)")
     for table in ("accounts", "counters"):
-        state.execute(f"UPDATE sums SET value = (SELECT coalesce(sum(crc), 0) FROM {table}) WHERE name = '{table}'")
+        total = f"SELECT coalesce(sum(crc & 4294967295), 0) FROM {table}"
+        state.execute(f"UPDATE sums SET value = ({total}) WHERE name = '{table}'")
 
 
 def drain(pipeline: Pipeline) -> None:

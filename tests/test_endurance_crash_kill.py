@@ -57,7 +57,7 @@ def test_kill_9_at_any_instant_loses_nothing_and_takes_nothing_back(
     Totals are those of an uninterrupted run and of the truth, no counter falls between any two scrapes, and each span
     arrives under one id with one content.
     """
-    seed, kills = 20, amount(10, 600)
+    seed, kills = 20, amount(10, 510)
     chance, when, torn = random.Random(seed), Counter[str](), 0
     fleet, collector, state = Fleet(tmp_path, seed), Collector(seed), tmp_path / "state.db"
     flags = [*fleet.flags, f"--otlp.endpoint=http://127.0.0.1:{collector.port}", "--otlp.timeout=2s"]

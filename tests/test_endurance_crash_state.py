@@ -61,7 +61,7 @@ def test_every_state_that_a_crash_can_leave_comes_to_the_same_end(
     Each copy is what a kill leaves at that instant. All have the same spans to send as one run that nothing
     interrupts.
     """
-    seed, steps = 3, amount(12, 250)
+    seed, steps = 3, amount(12, 100)
     chance, fleet, state = random.Random(seed), Fleet(tmp_path, seed), tmp_path / "state.db"
     copies: list[Path] = []
 
@@ -180,7 +180,7 @@ def test_a_crash_anywhere_in_a_migration_leaves_one_version_or_the_other(
 
 def test_commits_that_break_off_anywhere_are_made_up_for(amount: Callable[[int, int], int], tmp_path: Path) -> None:
     """SQLite is interrupted after a random number of its instructions: nothing of that transaction is stored."""
-    seed, steps = 5, amount(40, 1500)
+    seed, steps = 5, amount(40, 600)
     chance, fleet = random.Random(seed), Fleet(tmp_path, seed)
     pipeline = Pipeline(settings(tmp_path, *fleet.flags), spans=True)
     commit, failed, before = pipeline._store.commit, 0, scrape(pipeline)

@@ -54,10 +54,17 @@ def test_a_span_that_was_damaged_ends_it_and_is_not_sent(tmp_path: Path) -> None
         place = content.rindex(b"chat opus")
         state.write_bytes(content[:place] + b"shot" + content[place + 4:])
         exporter.start()
-        log.message("anthropic/opus", 10**12)
+        wait_for(lambda: not _answers(exporter), "the end", every=0.1)  # each scrape is a step
         assert exporter.wait() == 1
         assert "is damaged (a row of outbox was changed)" in exporter.lines[-1]
         assert exporter.logged("Traceback") == []
+
+
+def _answers(exporter: Exporter) -> bool:
+    try:
+        return exporter.get().status == 200
+    except OSError:
+        return False
 
 
 def test_a_state_directory_that_is_moved_away_stops_the_counters_until_it_is_back(tmp_path: Path) -> None:

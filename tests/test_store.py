@@ -12,7 +12,7 @@ from coding_agent_exporter import schema
 from coding_agent_exporter.counters import HIDDEN, OPEN, Series
 from coding_agent_exporter.ledger import Archived, Changes, Saved
 from coding_agent_exporter.model import CounterKey, Cursor, FileRow, RateLimit
-from coding_agent_exporter.schema import MIGRATIONS, StoreError, UnusableError, seal
+from coding_agent_exporter.schema import MIGRATIONS, StoreError, UnusableError, account_seal, seal
 from coding_agent_exporter.spanmodel import Span
 from coding_agent_exporter.store import Batch, Store
 
@@ -249,10 +249,8 @@ def schema_of(path: Path) -> tuple[int, dict[str, list[str]]]:
 
 def test_checksums_are_those_that_were_released() -> None:
     """Another way to make them would make all state files damaged ones."""
-    assert seal(("a", "é", b"\x00\xff", 0, -1, 2**62, -2**63)) == FROZEN_SEAL
-
-
-FROZEN_SEAL = 537035450
+    assert seal(("a", "é", b"\x00\xff", 0, -1, 2**62, -2**63)) == 537035450
+    assert account_seal("a", 1, 0, b"x") == 5124229793291681316
 
 
 def read_all(store: Store) -> list[object]:

@@ -43,6 +43,11 @@ def seal(row: tuple[object, ...]) -> int:
     return crc32(_encode(row))
 
 
+def account_seal(key: str, touched: int, settled: int, value: bytes) -> int:
+    """The checksum of an account: above that of its row that of its key, which is looked for before the row is."""
+    return seal((key,)) >> 1 << 32 | seal((key, touched, settled, value))
+
+
 # Frozen once released: change a stored format by adding a step, never by editing one. Statements end with their line.
 MIGRATIONS: tuple[str, ...] = (
     # Counters are text: a sum of hostile counts can exceed SQLite's 64 bits. Accounts have row ids: their values
@@ -95,7 +100,7 @@ MIGRATIONS: tuple[str, ...] = (
     CREATE UNIQUE INDEX accounts_key ON accounts (key, crc);
     CREATE INDEX accounts_unsettled ON accounts (touched) WHERE settled = 0;
     INSERT INTO accounts (key, touched, settled, crc, value)
-        SELECT key, touched, settled, seal(key, touched, settled, value), value FROM old_accounts;
+        SELECT key, touched, settled, account_seal(key, touched, settled, value), value FROM old_accounts;
     DROP TABLE old_accounts;
     CREATE TABLE old_outbox AS SELECT * FROM outbox;
     DROP TABLE outbox;
@@ -116,7 +121,7 @@ MIGRATIONS: tuple[str, ...] = (
     INSERT INTO sums SELECT 'meta', coalesce(sum(crc), 0) FROM meta;
     INSERT INTO sums SELECT 'counters', coalesce(sum(crc), 0) FROM counters;
     INSERT INTO sums SELECT 'labels', coalesce(sum(crc), 0) FROM labels;
-    INSERT INTO sums SELECT 'accounts', coalesce(sum(crc), 0) FROM accounts;
+    INSERT INTO sums SELECT 'accounts', coalesce(sum(crc & 4294967295), 0) FROM accounts;
     INSERT INTO sums SELECT 'files', coalesce(sum(crc), 0) FROM files;
     INSERT INTO sums SELECT 'figures', coalesce(sum((digest & 4294967295) + (digest >> 32) + 1), 0) FROM figures;
     CREATE TRIGGER meta_insert AFTER INSERT ON meta BEGIN
@@ -132,9 +137,9 @@ MIGRATIONS: tuple[str, ...] = (
     CREATE TRIGGER labels_delete AFTER DELETE ON labels BEGIN
         UPDATE sums SET value = value - old.crc WHERE name = 'labels'; END;
     CREATE TRIGGER accounts_insert AFTER INSERT ON accounts BEGIN
-        UPDATE sums SET value = value + new.crc WHERE name = 'accounts'; END;
+        UPDATE sums SET value = value + (new.crc & 4294967295) WHERE name = 'accounts'; END;
     CREATE TRIGGER accounts_delete AFTER DELETE ON accounts BEGIN
-        UPDATE sums SET value = value - old.crc WHERE name = 'accounts'; END;
+        UPDATE sums SET value = value - (old.crc & 4294967295) WHERE name = 'accounts'; END;
     CREATE TRIGGER files_insert AFTER INSERT ON files BEGIN
         UPDATE sums SET value = value + new.crc WHERE name = 'files'; END;
     CREATE TRIGGER files_delete AFTER DELETE ON files BEGIN
@@ -161,7 +166,7 @@ _SUMS = {
     "meta": "SELECT sum(crc) FROM meta",
     "counters": "SELECT sum(crc) FROM counters",
     "labels": "SELECT sum(crc) FROM labels",
-    "accounts": "SELECT sum(crc) FROM accounts INDEXED BY accounts_key",
+    "accounts": "SELECT sum(crc & 4294967295) FROM accounts INDEXED BY accounts_key",
     "files": "SELECT sum(crc) FROM files",
     "figures": "SELECT sum((digest & 4294967295) + (digest >> 32) + 1) FROM figures",
     "archive": "SELECT sum(crc) FROM archive",
@@ -216,10 +221,16 @@ def _check_sums(db: sqlite3.Connection, path: Path, version: int, *, whole: bool
             continue
         if (db.execute(query).fetchone()[0] or 0) != sums.get(table):
             raise damaged(path, f"rows of {table} are missing or out of date")
+    if not whole:
+        # An account whose key was changed would be one that was never there.
+        for key, crc in db.execute("SELECT key, crc FROM accounts INDEXED BY accounts_key"):
+            if seal((key,)) >> 1 != crc >> 32:
+                raise damaged(path, "a row of accounts was changed")
 
 
 def _migrate(db: sqlite3.Connection, version: int, target: int) -> None:
-    db.create_function("seal", -1, lambda *row: seal(row), deterministic=True)
+    db.create_function("seal", -1, lambda *row: seal(row))
+    db.create_function("account_seal", 4, account_seal)
     for number, statements in enumerate(MIGRATIONS[version:target], start=version + 1):
         db.execute("BEGIN IMMEDIATE")
         try:

@@ -20,7 +20,7 @@ import msgspec
 
 from coding_agent_exporter.counters import HIDDEN, OPEN, Series
 from coding_agent_exporter.model import CounterKey, Cursor, FileRow, RateLimit
-from coding_agent_exporter.schema import StoreError, UnusableError, check, damaged, migrate, seal
+from coding_agent_exporter.schema import StoreError, UnusableError, account_seal, check, damaged, migrate, seal
 from coding_agent_exporter.spanmodel import Span
 
 if TYPE_CHECKING:
@@ -148,7 +148,7 @@ class Store:
         if found is None:
             return None
         row = self._one("SELECT key, touched, settled, value FROM accounts WHERE number = ?", found[1])
-        if row is None or seal(row) != found[0]:
+        if row is None or account_seal(*row) != found[0]:
             raise damaged(self.path, "a row of accounts was changed")
         value: bytes = row[3]
         return value
@@ -275,7 +275,7 @@ class Store:
         db.executemany("DELETE FROM accounts WHERE key = ?", [(key,) for key in changes.accounts])
         db.executemany(
             "INSERT INTO accounts (key, touched, settled, value, crc) VALUES (?, ?, ?, ?, ?)",
-            [(*one, seal(one)) for one in accounts])
+            [(*one, account_seal(*one)) for one in accounts])
         db.executemany(
             "DELETE FROM archive WHERE account = ? AND second <= ?",
             [(_digest(key), before) for key, before in changes.expired.items()])
