@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import random
+import shutil
 import sqlite3
 from collections.abc import Callable, Iterator
 from contextlib import closing
@@ -138,6 +139,51 @@ def test_what_a_scrape_is_about_to_show_outlasts_a_crash_before_its_reply(
     pipeline.close()
     print(f"{rounds} crashes between commit and reply, {higher} of them with a value that the logs took back")
     assert higher > rounds / 4
+
+
+def test_a_power_cut_takes_nothing_back_that_was_shown(
+    amount: Callable[[int, int], int], watched: Callable[[Callable[[str], None]], None], tmp_path: Path
+) -> None:
+    """All commits are gone but those that waited for the disk: what a scrape has shown was in one of them."""
+    seed, cuts = 8, amount(6, 100)
+    chance, fleet, state = random.Random(seed), Fleet(tmp_path, seed), tmp_path / "state.db"
+    waits, commits, durable = True, 0, [tmp_path / "none"]
+
+    def copy(sql: str) -> None:
+        nonlocal waits, commits
+        if sql.startswith("PRAGMA synchronous"):
+            waits = sql.endswith("FULL")
+        elif sql == "COMMIT":
+            commits += 1
+            if waits:
+                durable[0] = tmp_path / "durable" / str(commits)
+                copy_state(state, durable[0])
+
+    watched(copy)
+    pipeline = Pipeline(settings(tmp_path, *fleet.flags))
+    shown = scrape(pipeline)
+    lost = 0
+    for number in range(cuts):
+        for _ in range(chance.randrange(1, 8)):
+            for _ in range(chance.randrange(5)):
+                fleet.act()
+            if chance.random() < 0.5:
+                shown = scrape(pipeline)
+            else:
+                pipeline.step()
+        home = tmp_path / str(number)
+        shutil.copytree(durable[0], home)
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(Copying, "watch", staticmethod(lambda _: None))
+            lost += stored(home / "state.db") != settled(exact(pipeline))
+            restarted = Pipeline(settings(home, *fleet.flags))
+            assert fallen({key: value for key, value in shown.items() if value}, scrape(restarted)) == []
+            drain(restarted)
+            assert settled(exact(restarted)) == uninterrupted(fleet, home / "uninterrupted")[0]
+            restarted.close()
+    pipeline.close()
+    print(f"seed {seed}: {cuts} power cuts, {lost} of which lost commits")
+    assert lost > 0
 
 
 def test_a_crash_anywhere_in_a_migration_leaves_one_version_or_the_other(
