@@ -58,8 +58,8 @@ def world(tmp_path_factory: pytest.TempPathFactory) -> World:
 
 
 def outcome(world: World, home: Path) -> str:
-    """Go on from a state: "right" or "refused". Fails the test when totals are wrong, or the refusal is unclear."""
-    refusal, opened = "", ExitStack()
+    """Go on from a state: right, or refused, and when. Fails the test where totals are wrong or the refusal is unclear."""
+    verdict, refusal, opened = "refused", "", ExitStack()
 
     def open_store(path: Path) -> Store:
         store = Store(path)
@@ -72,13 +72,14 @@ def outcome(world: World, home: Path) -> str:
             pipeline = Pipeline(settings(home, *world.fleet.flags), spans=True)
             drain(pipeline)
             found = settled(exact(pipeline))
+            verdict = "refused, once spans are sent"
             waiting = pipeline._store.spans(10**6)
         except schema.UnusableError as error:
             refusal = str(error)
     if refusal:
         assert f"state file {home / 'state.db'} is damaged" in refusal or "newer version" in refusal
         assert "\n" not in refusal
-        return "refused"
+        return verdict
     assert found == world.expected
     assert all(world.spans.get(span.span, span) == span for _, span in waiting)
     return "right"

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import sqlite3
 from contextlib import closing
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -413,3 +414,38 @@ def test_the_first_exporter_gives_way_when_its_lock_file_was_deleted_and_a_secon
         first.commit(Batch(Changes(), meta={"baseline": b"stale"}))
     assert first.meta("baseline") == b"{}"
     first.close()
+
+
+class Stubborn(sqlite3.Connection):
+    """Fails to roll back, once, after something has failed."""
+
+    failures = 0
+
+    def execute(self, sql: str, *parameters: object) -> sqlite3.Cursor:
+        if sql == "ROLLBACK" and Stubborn.failures:
+            Stubborn.failures -= 1
+            raise sqlite3.OperationalError("disk I/O error")
+        return super().execute(sql, *parameters)  # type: ignore[arg-type]
+
+
+def test_a_transaction_that_cannot_be_rolled_back_keeps_no_later_one_from_beginning(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It is done with before the next one; nothing of it is stored."""
+    monkeypatch.setattr(sqlite3, "connect", partial(sqlite3.connect, factory=Stubborn))
+    store = Store(tmp_path / "state.db")
+    store._db.create_function("seal", -1, lambda *_: 1 / 0)
+    Stubborn.failures = 1
+
+    def fail() -> None:
+        with store._transaction():
+            store._db.execute("INSERT INTO meta VALUES ('lost', x'', 0)")
+            store._db.execute("SELECT seal(1)").fetchone()
+
+    with pytest.raises(StoreError):
+        fail()
+    assert store._db.in_transaction
+    store.commit(batch())
+    assert store.meta("baseline") == b"{}"
+    assert store.meta("lost") is None
+    store.close()

@@ -209,7 +209,7 @@ class Store:
         if surplus > 0:
             return self._change(
                 "DELETE FROM outbox WHERE number IN (SELECT number FROM outbox ORDER BY number LIMIT ?)", [(surplus,)])
-        oldest = self._one("SELECT created FROM outbox ORDER BY number LIMIT ?", 1)
+        oldest = next(self._rows("outbox", "SELECT crc, created, value FROM outbox ORDER BY number LIMIT 1"), None)
         if oldest is None or oldest[0] >= before:
             return 0
         return self._change("DELETE FROM outbox WHERE created < ?", [(before,)])
