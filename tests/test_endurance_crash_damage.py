@@ -39,7 +39,8 @@ class World:
 def world(tmp_path_factory: pytest.TempPathFactory) -> World:
     """The exporter was restarted now and then, so that some of the copies have a write-ahead log and some have none."""
     home, chance = tmp_path_factory.mktemp("world"), random.Random(11)
-    fleet, copies = Fleet(home, 11), []
+    fleet = Fleet(home, 11)
+    copies: list[Path] = []
     for run_number in range(3):
         pipeline = Pipeline(settings(home, *fleet.flags), spans=True)
         pipeline._store._db.execute(f"PRAGMA wal_autocheckpoint = {(60, 1000, 200)[run_number]}")
@@ -58,7 +59,7 @@ def world(tmp_path_factory: pytest.TempPathFactory) -> World:
 
 
 def outcome(world: World, home: Path) -> str:
-    """Go on from a state: right, or refused, and when. Fails the test where totals are wrong or the refusal is unclear."""
+    """Go on from a state: right, or refused, and when. Fails where totals are wrong or the refusal is unclear."""
     verdict, refusal, opened = "refused", "", ExitStack()
 
     def open_store(path: Path) -> Store:
