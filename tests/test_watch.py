@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING
 
 import pytest
 
-from coding_agent_exporter.watch import MAX_DIRECTORIES, InotifyWaker, TimerWaker, Waker, create
+from coding_agent_exporter.watch import MAX_DIRECTORIES, NotifiedWaker, TimerWaker, Waker, create
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
@@ -137,7 +137,7 @@ def test_the_same_set_again_is_free(tmp_path: Path) -> None:
         made.append(dirs)
         return ScriptedNotifier()
 
-    waker = InotifyWaker(LONG, notify=notify)
+    waker = NotifiedWaker(LONG, notify=notify)
     waker.watch(frozenset([tmp_path]))
     assert waker.wait(SHORT)
     waker.watch(frozenset([Path(str(tmp_path))]))
@@ -186,7 +186,7 @@ def test_wake_ends_a_wait_in_another_thread(tmp_path: Path, kind: str) -> None:
 @pytest.mark.parametrize("kind", ["timer", "notified", "fallen back"])
 def test_close_ends_a_wait_for_good(tmp_path: Path, kind: str) -> None:
     """close() ends a wait that has begun; later waits do not block either."""
-    waker = InotifyWaker(LONG, notify=refuse) if kind == "fallen back" else create(
+    waker = NotifiedWaker(LONG, notify=refuse) if kind == "fallen back" else create(
         LONG, force_polling=kind == "timer", environ={})
     waker.watch(frozenset([tmp_path]))
     assert waker.wait(LONG)
@@ -202,7 +202,7 @@ def refuse(dirs: list[str]) -> ScriptedNotifier:
 
 def test_without_notification_it_polls(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     """Where the system's limit is reached, the waker polls and says so once, whatever sets come later."""
-    waker = InotifyWaker(0.05, notify=refuse)
+    waker = NotifiedWaker(0.05, notify=refuse)
     with caplog.at_level(logging.WARNING):
         waker.watch(frozenset([tmp_path]))
         assert waker.wait(LONG)
@@ -217,7 +217,7 @@ def test_without_notification_it_polls(tmp_path: Path, caplog: pytest.LogCapture
 
 def test_too_many_directories_are_polled(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     """A set too large to register in good time is polled."""
-    waker = InotifyWaker(LONG, notify=lambda dirs: ScriptedNotifier())
+    waker = NotifiedWaker(LONG, notify=lambda dirs: ScriptedNotifier())
     waker.watch(frozenset(tmp_path / str(number) for number in range(MAX_DIRECTORIES + 1)))
     assert waker.wait(LONG)
     assert waker.polling
@@ -226,7 +226,7 @@ def test_too_many_directories_are_polled(tmp_path: Path, caplog: pytest.LogCaptu
 
 def test_a_notifier_that_keeps_failing_is_given_up(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     """Errors from the notifier are answered with a new one, but not for ever."""
-    waker = InotifyWaker(LONG, notify=lambda dirs: ScriptedNotifier(RuntimeError("broken")))
+    waker = NotifiedWaker(LONG, notify=lambda dirs: ScriptedNotifier(RuntimeError("broken")))
     waker.watch(frozenset([tmp_path]))
     waits = 0
     while not waker.polling and waits < 100:
@@ -239,7 +239,7 @@ def test_a_notifier_that_keeps_failing_is_given_up(tmp_path: Path, caplog: pytes
 
 def test_a_signal_whose_handler_raised_is_not_lost(tmp_path: Path) -> None:
     """The notifier swallows what a signal handler raises; the wait raises in its place."""
-    waker = InotifyWaker(LONG, notify=lambda dirs: ScriptedNotifier("signal"))
+    waker = NotifiedWaker(LONG, notify=lambda dirs: ScriptedNotifier("signal"))
     waker.watch(frozenset([tmp_path]))
     assert waker.wait(LONG)
     with pytest.raises(KeyboardInterrupt):

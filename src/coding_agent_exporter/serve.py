@@ -41,6 +41,9 @@ MIN_INTERVAL = 0.05
 MAX_INTERVAL = 10.0
 """Seconds after which a step is made without a cause: staleness, and what no notification told of."""
 
+POLL_SHARE = 0.05
+"""Where files are polled, looking at all of them takes no more of a core than this. Heartbeats are read each time."""
+
 
 def _nothing(_: Sequence[tuple[str, int]], __: Callable[[], None]) -> AbstractContextManager[None]:
     return nullcontext()
@@ -151,16 +154,19 @@ def relax_gc() -> None:
 
 
 def _loop(pipeline: Pipeline, waker: Waker, stop: threading.Event) -> None:
-    more, looked = False, float("-inf")
+    more, looked, took = False, float("-inf"), 0.0
     while not stop.is_set():
         changes = None
         if not more:
             waker.watch(pipeline.inputs.found.watch)
             if waker.wait(MAX_INTERVAL) and looked > time.monotonic() - MAX_INTERVAL:
                 changes = waker.changes
+                if waker.polling and changes is None and time.monotonic() < looked + took / POLL_SHARE:
+                    changes = frozenset()
         began = time.monotonic()
-        looked = began if changes is None else looked
         more = pipeline.step(changes=changes)
+        if changes is None:
+            looked, took = began, time.monotonic() - began
         if not more:
             stop.wait(max(0.0, MIN_INTERVAL - (time.monotonic() - began)))
 

@@ -16,6 +16,8 @@ import time
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Protocol
 
+from coding_agent_exporter.inotify import Inotify
+
 if TYPE_CHECKING:
     from collections.abc import Mapping
     from pathlib import Path
@@ -28,11 +30,16 @@ DEBOUNCE_MS = 45
 """A burst that goes on is reported after this long all the same, so that a wake is never 100 ms late."""
 
 MAX_DIRECTORIES = 4096
-"""Past this many, directories are polled. Registering takes 50 us each, for which the interpreter stands
+"""Past this many, a notifier of watchfiles is not used: registering takes 50 us each, for which the interpreter stands
 still, and starts over with every new directory."""
+
+CHECK_SECONDS = 10.0
+"""How often it is looked whether what is watched is still what is there."""
 
 MAX_FAILURES = 5
 """A notifier that fails this many times in a row is given up."""
+
+POLLED = "cannot be notified of file changes, directories are polled instead: %s"
 
 logger = logging.getLogger(__name__)
 
@@ -111,8 +118,8 @@ class TimerWaker:
         self._event.set()
 
 
-class InotifyWaker:
-    """Wakes for changes that the operating system reports; falls back to a TimerWaker where it does not.
+class NotifiedWaker:
+    """Wakes for changes that watchfiles reports, where there is no inotify; falls back to a TimerWaker without.
 
     `notify` makes a notifier for a list of directories. It raises FileNotFoundError when one is gone, and
     another OSError or RuntimeError when notification does not work here (limits, unsupported file system).
@@ -205,7 +212,96 @@ class InotifyWaker:
     def _fall_back(self, why: object) -> None:
         self.polling = True
         self._notifier = None
-        logger.warning("cannot be notified of file changes, directories are polled instead: %s", why)
+        logger.warning(POLLED, why)
+
+
+class InotifyWaker:
+    """Wakes for changes that inotify reports. What it has no watch for is polled, all of it where there is no inotify.
+
+    `open_queue` makes the queue; it raises OSError where the system has none to give.
+    """
+
+    def __init__(
+        self, poll_interval: float, *, open_queue: Callable[[], Inotify] = Inotify,
+        clock: Callable[[], float] = time.monotonic,
+    ) -> None:
+        self._interval = poll_interval
+        self._clock = clock
+        self._timer = TimerWaker(poll_interval)
+        self._dirs: frozenset[Path] = frozenset()
+        self._watched: frozenset[Path] | None = None
+        self._closed = False
+        self._warned = False
+        self._last = self._checked = clock()
+        self._queue: Inotify | None = None
+        self.polling = False
+        self.changes: frozenset[str] | None = None
+        try:
+            self._queue = open_queue()
+        except OSError as error:
+            self._fall_back(error)
+
+    def wait(self, timeout: float) -> bool:
+        self.changes = None
+        queue = self._queue
+        if queue is None or self._closed:
+            return self._closed or self._timer.wait(timeout)
+        if self._clock() - self._checked >= CHECK_SECONDS:
+            self._checked = self._clock()
+            queue.check()
+        dirs = self._dirs
+        if dirs is not self._watched or queue.outdated:
+            # Before the wake: what the caller then looks at has not changed unnoticed since.
+            self._watch(queue, dirs)
+            return True
+        if queue.woken:
+            return True
+        left = self._last + self._interval - self._clock() if self.polling else timeout
+        changes = queue.read(min(timeout, left))
+        if changes is None or changes:
+            self.changes = changes
+            return True
+        if queue.woken:
+            return True
+        if self.polling and self._clock() >= self._last + self._interval:
+            self._last = self._clock()
+            return True
+        return False
+
+    def watch(self, dirs: frozenset[Path]) -> None:
+        if dirs is not self._dirs and dirs != self._dirs:
+            self._dirs = dirs
+            self.wake()
+
+    def wake(self) -> None:
+        self._timer.wake()
+        if (queue := self._queue) is not None:
+            queue.wake()
+
+    def close(self) -> None:
+        self._closed = True
+        self._timer.close()
+        if self._queue is not None:
+            self._queue.close()
+
+    def _watch(self, queue: Inotify, dirs: frozenset[Path]) -> None:
+        _ = queue.woken  # that there is a new set is known now
+        self._watched = dirs
+        try:
+            queue.watch(dirs)
+        except OSError as error:
+            self._queue = None
+            queue.close()
+            self._fall_back(error)
+            return
+        self.polling = bool(queue.left_out)
+        if self.polling and not self._warned:
+            self._warned = True
+            logger.warning(POLLED, f"{len(queue.left_out)} of {len(dirs)} are beyond fs.inotify.max_user_watches")
+
+    def _fall_back(self, why: object) -> None:
+        self.polling = True
+        logger.warning(POLLED, why)
 
 
 def create(
@@ -218,7 +314,7 @@ def create(
     forced = (os.environ if environ is None else environ).get("WATCHFILES_FORCE_POLLING", "")
     if force_polling or forced.lower() not in {"", "0", "false", "disable", "disabled"}:
         return TimerWaker(poll_interval)
-    return InotifyWaker(poll_interval)
+    return InotifyWaker(poll_interval) if os.uname().sysname == "Linux" else NotifiedWaker(poll_interval)
 
 
 def rust_notifier(dirs: list[str]) -> Notifier:
