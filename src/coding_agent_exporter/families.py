@@ -118,6 +118,9 @@ STEPS = Family("coding_agent_exporter_steps_total", "counter", (), "Steps of the
 STEP_SECONDS = Family("coding_agent_exporter_step_seconds_total", "counter", (),
                       "Time spent in steps of the pipeline.", scale=10**9)
 FILE_STATES = ("ok", "unreadable", "invalid", "ignored")
+STEP_RUNNING = Family("coding_agent_exporter_step_running_seconds", "gauge", (),
+                      "How long the step that runs now has been running, where a scrape could not wait for its end and "
+                      "shows what the one before has shown: a disk does not answer. Else 0.")
 SOURCE_FILES = Family("coding_agent_exporter_files", "gauge", ("root", "kind", "state"),
                       "Files below the configured directories. state: ok, unreadable (permission, not a regular file, "
                       "a link out of the directory); of heartbeats also invalid (not a document this exporter knows), "
@@ -166,7 +169,8 @@ FAMILIES: tuple[Family, ...] = (
     PRESSURE, NEAR_LIMIT, CLOSE_TO_LIMIT, CROSSINGS, COMPACTIONS, INSTANCES, HEARTBEAT, START, STALE, LOST,
     RATE_LIMIT_USED, RATE_LIMIT_RESETS, RATE_LIMIT_WINDOW,
     TURNS, TURN_SECONDS, FIRST_TOKEN_SECONDS, TOOL_CALLS, TOOL_SECONDS, GENAI_DURATION, GENAI_TOKENS,
-    BUILD_INFO, SCRAPE_SECONDS, STEPS, STEP_SECONDS, SOURCE_FILES, BYTES_READ, LINES_READ, LINES_ACCEPTED, REJECTED,
+    BUILD_INFO, SCRAPE_SECONDS, STEPS, STEP_SECONDS, STEP_RUNNING, SOURCE_FILES, BYTES_READ, LINES_READ,
+    LINES_ACCEPTED, REJECTED,
     RESTARTED, LAG_BYTES, COMMITS, STATE_BYTES, SERIES, SERIES_DROPPED, OVERSHOOT, WATCH_FALLBACK,
     WEB_ERRORS, WEB_REFUSED, SPANS_PENDING, SPANS_EXPORTED, SPANS_FAILED, SPANS_DROPPED,
 )

@@ -123,9 +123,8 @@ class Inotify:
             self._forget(before, kept=True)
             self.outdated = True
 
-    @property
-    def woken(self) -> bool:
-        """Whether `wake` was called since this was last asked."""
+    def wake_came(self) -> bool:
+        """Whether `wake` was called since this was last asked, or the queue is closed."""
         with self._closing:
             if self._closed:
                 return True

@@ -14,19 +14,22 @@ import threading
 import time
 import uuid
 from collections import Counter
+from dataclasses import replace
+from functools import partial
 from importlib import metadata
 from typing import TYPE_CHECKING
 
 from coding_agent_exporter import families
 from coding_agent_exporter.counters import Counters
 from coding_agent_exporter.discover import Discovery
+from coding_agent_exporter.errand import within
 from coding_agent_exporter.expose import Snapshot
 from coding_agent_exporter.heartbeat import Heartbeats
 from coding_agent_exporter.inputs import STEP_BYTES, Inputs
 from coding_agent_exporter.instances import Instances
 from coding_agent_exporter.ledger import PI_SOURCES, Book, Ledger
 from coding_agent_exporter.logs import fields
-from coding_agent_exporter.model import CounterKey, Pressure
+from coding_agent_exporter.model import Pressure
 from coding_agent_exporter.outbox import Outbox
 from coding_agent_exporter.pricing import Prices
 from coding_agent_exporter.runs import Runs
@@ -47,6 +50,12 @@ USAGE_SPANS = frozenset({"opencode"})
 
 SCRAPE_PATIENCE = 8.0
 """Seconds for which a scrape waits for a backlog to be read; Prometheus gives up after 10 by default."""
+
+
+GRACE = 1 / 8
+"""Of that patience, added for a step that is about to end. After it a scrape shows what was known before."""
+
+Scraped = tuple[Snapshot, "Callable[[], None]"]
 
 
 class Pipeline:
@@ -128,6 +137,8 @@ class Pipeline:
         self._delivered = -1
         self._stopping = False
         self._scrape_began = float("-inf")
+        self._step_began = self._said_stuck = 0.0
+        self._latest = self._snapshot()
 
     # -- one step
 
@@ -144,11 +155,14 @@ class Pipeline:
                 raise self._failure
             if self._failure is not None:
                 raise RuntimeError("a step failed, and the exporter has to be restarted")
+            self._step_began = time.monotonic()
             try:
                 return self._step(scrape=scrape, changes=changes)
             except BaseException as error:
                 self._failure = error
                 raise
+            finally:
+                self._step_began = 0.0
 
     def _step(self, *, scrape: bool, changes: frozenset[str] | None) -> bool:
         began = time.monotonic()
@@ -168,13 +182,27 @@ class Pipeline:
         self._stats[families.STEP_SECONDS.name, ()] += round((time.monotonic() - began) * 1e9)
         return more
 
-    def scrape(self, patience: float = SCRAPE_PATIENCE) -> tuple[Snapshot, Callable[[], None]]:
+    def scrape(self, patience: float = SCRAPE_PATIENCE) -> Scraped:
         """What a scrape that arrives now shall see, and what to call once it was delivered.
 
-        With a backlog it shows, after `patience` seconds, what has been read by then.
+        After `patience` seconds, with a backlog, it shows what has been read by then; where a disk does not answer,
+        what the scrape before has shown.
         """
+        return within(patience * (1 + GRACE), partial(self._scrape, patience)) or self._outdated()
+
+    def _outdated(self) -> Scraped:
+        latest, began = self._latest, self._step_began
+        if began not in {0.0, self._said_stuck}:
+            self._said_stuck = began
+            log.warning("a step takes long: is there a disk that does not answer?", extra=fields(seconds=self.stuck))
+        gauges = {**latest.gauges, (families.STEP_RUNNING.name, ()): self.stuck}
+        return replace(latest, now=self._clock(), gauges=gauges, internal={**latest.internal}), lambda: None
+
+    def _scrape(self, patience: float) -> Scraped:
         arrived = time.monotonic()
-        with self._lock:
+        if not self._lock.acquire(timeout=patience):
+            return self._outdated()
+        try:
             # A scrape that waited here while another one, begun after it arrived, took its step has been served.
             more = self._scrape_began < arrived
             while more and time.monotonic() - arrived < patience:
@@ -182,6 +210,9 @@ class Pipeline:
                 more = self.step(scrape=True)
             snapshot, held, revision = self._snapshot(), self._held, self._revision
             viewed = self._instances.clock
+            self._latest = snapshot
+        finally:
+            self._lock.release()
 
         def delivered() -> None:
             now = self._clock()
@@ -218,6 +249,11 @@ class Pipeline:
     def broken(self) -> bool:
         """Whether a step failed, so that the exporter is about to end."""
         return self._failure is not None
+
+    @property
+    def stuck(self) -> float:
+        """Seconds for which the step that runs now has been running."""
+        return round(time.monotonic() - began, 1) if (began := self._step_began) else 0.0
 
     @property
     def pending_commit(self) -> bool:
@@ -292,8 +328,7 @@ class Pipeline:
 
     def _settle_pending(self) -> bool:
         """Commit what is waiting. While that fails nothing more is read: it would have nowhere to go."""
-        batch = self._pending
-        if batch is None:
+        if (batch := self._pending) is None:
             return True
         if not batch.empty:
             try:
@@ -328,6 +363,7 @@ class Pipeline:
             internal[families.SPANS_DROPPED.name, (why,)] = dropped
         gauges: dict[tuple[str, tuple[str, ...]], float] = {
             (families.SCRAPE_SECONDS.name, ()): self.scrape_seconds,
+            (families.STEP_RUNNING.name, ()): 0.0,
             (families.STATE_BYTES.name, ()): self._store.size(),
             (families.SERIES.name, ()): len(self._counters),
             (families.SPANS_PENDING.name, ()): self.outbox.size(),
@@ -362,12 +398,10 @@ class Pipeline:
     # -- building
 
     def _load_instances(self) -> None:
-        stored = self._store.meta("instances")
-        if stored is not None:
+        if (stored := self._store.meta("instances")) is not None:
             try:
                 self._instances.load(stored)
-            except ValueError as error:
-                # Only tells which agents were alive: worth a line, not a refusal.
+            except ValueError as error:  # only tells which agents were alive: worth a line, not a refusal
                 log.warning("the remembered agents are unreadable", extra=fields(error=error))
 
     def _preset(self) -> None:

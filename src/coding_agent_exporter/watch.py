@@ -254,14 +254,14 @@ class InotifyWaker:
             # Before the wake: what the caller then looks at has not changed unnoticed since.
             self._watch(queue, dirs)
             return True
-        if queue.woken:
+        if queue.wake_came():
             return True
         left = self._last + self._interval - self._clock() if self.polling else timeout
         changes = queue.read(min(timeout, left))
         if changes is None or changes:
             self.changes = changes
             return True
-        if queue.woken:
+        if queue.wake_came():
             return True
         if self.polling and self._clock() >= self._last + self._interval:
             self._last = self._clock()
@@ -285,7 +285,7 @@ class InotifyWaker:
             self._queue.close()
 
     def _watch(self, queue: Inotify, dirs: frozenset[Path]) -> None:
-        _ = queue.woken  # that there is a new set is known now
+        queue.wake_came()  # that there is a new set is known now
         self._watched = dirs
         try:
             queue.watch(dirs)

@@ -55,6 +55,8 @@ class App:
     def ready(self) -> Reply:
         if not self._pipeline.caught_up:
             return Reply(503, TEXT, b"Reading what is there.\n")
+        if self._pipeline.stuck > SCRAPE_PATIENCE:
+            return Reply(503, TEXT, b"A step takes long: is there a disk that does not answer?\n")
         if self._pipeline.pending_commit:
             return Reply(503, TEXT, b"The state file cannot be written: counters stand still.\n")
         return Reply(200, TEXT, b"Ready.\n")
