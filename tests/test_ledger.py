@@ -264,7 +264,7 @@ def test_two_forks_of_a_session_that_is_gone_count_what_they_copied_once() -> No
 
 
 def test_a_settled_session_goes_on_where_it_was() -> None:
-    """A replay of what was settled adds nothing, what is new counts."""
+    """A replay of what was settled adds nothing, what is new counts, also in the second of the latest message."""
     bench = Bench()
     old = [event(n, 1, event_id=f"e{n}") for n in range(5)]
     bench.usage("pi-coding", *old)
@@ -273,9 +273,9 @@ def test_a_settled_session_goes_on_where_it_was() -> None:
     bench.commit(NOW + 7 * 3600)
     assert len(bench.memory.saved["session\npi\ns1"].blob) < before
     bench.restart()
-    bench.usage("pi-coding", *old, event(100, 1, event_id="e5"), replay=True)
-    assert bench.usd() == 6
-    assert bench.rejected("replayed") == 5
+    bench.usage("pi-coding", *old, event(4.5, 1, event_id="e5"), event(100, 1, event_id="e6"), replay=True)
+    assert bench.usd() == 7
+    assert bench.rejected("replayed") == 4
 
 
 def test_what_is_touched_is_not_settled_however_old_its_events_are() -> None:

@@ -214,7 +214,8 @@ class Ledger:
                 if key not in changes.accounts:
                     account = self._account(key, Session)
                     # A clock that was wrong once must not make replays of all that is yet to come.
-                    self._forget(key, account, min(account.last, int(now) - self._settle_after), changes)
+                    # What came in the latest second stays: where the clock jumped, the session goes on in that second.
+                    self._forget(key, account, min(account.last - 1, int(now) - self._settle_after), changes)
                     changes.accounts[key] = self._saved(key, account, now, settled=True)
         changes.deltas, changes.labels = self.book.flush()
         changes.figures, self._sessions.figures = self._sessions.figures, set()
