@@ -137,10 +137,10 @@ def scrapes(work: Path, *, instances: int = 100, label_sets: int = LABEL_SETS, c
         pipeline.close()
     note = f"{found} instances with heartbeats every 1.5 s, {usage:,} usage series, {shown.count(chr(10)):,} lines"
     return [
-        Row("scrape over HTTP, median", _ms(statistics.median(times)), "50 ms", note),
-        Row("scrape over HTTP, 95th percentile", _ms(_p95(times)), "50 ms",
+        Row("scrape over HTTP, median", milliseconds(statistics.median(times)), "50 ms", note),
+        Row("scrape over HTTP, 95th percentile", milliseconds(_p95(times)), "50 ms",
             f"of {count}; {size / 1e3:,.0f} kB of text"),
-        Row("rendering alone, median", _ms(statistics.median(rendered))),
+        Row("rendering alone, median", milliseconds(statistics.median(rendered))),
     ]
 
 
@@ -150,13 +150,13 @@ def freshness(work: Path, *, count: int = 20) -> list[Row]:
     log = _log(root, "agent-growing")
     with exporter(home, *_roots(work / "none", usage=root)) as running:
         running.first()
-        log.write_text(_line(0, "bench/fresh"))
+        log.write_text(line_of(0, "bench/fresh"))
         running.text()  # The series at zero,
         before = total(running.text())  # and with its value.
         asked = []
         for number in range(1, count + 1):
             with log.open("a") as file:
-                file.write(_line(number, "bench/fresh"))
+                file.write(line_of(number, "bench/fresh"))
             began = time.perf_counter()
             after = total(running.text())
             asked.append(time.perf_counter() - began)
@@ -169,16 +169,16 @@ def freshness(work: Path, *, count: int = 20) -> list[Row]:
             time.sleep(0.25)
             seen = journal.stat().st_mtime_ns
             with log.open("a") as file:
-                file.write(_line(number, "bench/fresh"))
+                file.write(line_of(number, "bench/fresh"))
             began = time.perf_counter()
             while journal.stat().st_mtime_ns == seen and time.perf_counter() - began < 5:
                 time.sleep(0.0005)
             committed.append(time.perf_counter() - began)
     return [
-        Row("append to a scrape that shows it, median", _ms(statistics.median(asked)), "",
+        Row("append to a scrape that shows it, median", milliseconds(statistics.median(asked)), "",
             f"of {count}; each showed it at once"),
-        Row("append to its commit, nobody asking, median", _ms(statistics.median(committed)), "",
-            f"of {count}; slowest {_ms(max(committed))}"),
+        Row("append to its commit, nobody asking, median", milliseconds(statistics.median(committed)), "",
+            f"of {count}; slowest {milliseconds(max(committed))}"),
     ]
 
 
@@ -230,10 +230,10 @@ def _log(root: Path, agent: str) -> Path:
 def _wide(root: Path, label_sets: int) -> None:
     with _log(root, "agent-wide").open("w") as file:
         for number in range(label_sets):
-            file.write(_line(number, f"provider-{number % 7}/model-{number}", session=f"session-{number}"))
+            file.write(line_of(number, f"provider-{number % 7}/model-{number}", session=f"session-{number}"))
 
 
-def _line(number: int, model: str, *, session: str = "session") -> str:
+def line_of(number: int, model: str, *, session: str = "session") -> str:
     return json.dumps({
         "source": "pi-coding/usage", "type": "cost_snapshot", "event_id": f"evt-pi-usage-{number}",
         "timestamp": datetime.fromtimestamp(1_760_000_000 + number, UTC).isoformat(), "session_id": session,
@@ -255,7 +255,7 @@ def _seconds(value: float) -> str:
     return f"{value:.2f} s"
 
 
-def _ms(value: float) -> str:
+def milliseconds(value: float) -> str:
     return f"{value * 1000:.1f} ms"
 
 

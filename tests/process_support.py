@@ -97,6 +97,8 @@ class Exporter:
         self.lines: list[str] = []
         """What all processes so far have written to standard error."""
         self.port = 0
+        self.program = [sys.executable]
+        """The interpreter, or what stands in for it."""
         self._env = environment(home, env)
         self._process: subprocess.Popen[str] | None = None
         self._reader: threading.Thread | None = None
@@ -121,7 +123,7 @@ class Exporter:
         ]
         self._listening = threading.Event()
         self._process = subprocess.Popen(
-            [sys.executable, "-m", "coding_agent_exporter", *defaults, *self.flags],
+            [*self.program, "-m", "coding_agent_exporter", *defaults, *self.flags],
             env=self._env, cwd=self.home, stdin=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True,
         )
         self._reader = threading.Thread(target=self._read, args=(self._process, self._listening), daemon=True)

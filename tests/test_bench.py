@@ -6,7 +6,7 @@ from dataclasses import asdict
 from pathlib import Path
 
 import pytest
-from benchmarks import conversations, ingest, sections, spans, table, wrap
+from benchmarks import conversations, ingest, many, sections, spans, table, wrap
 from benchmarks.generate import generate
 from benchmarks.process import total
 from benchmarks.sections import Size
@@ -82,6 +82,13 @@ def test_a_lost_span_is_no_result(tmp_path: Path) -> None:
     truth.spans += 1
     with pytest.raises(spans.LostSpansError):
         spans.through(tmp_path / "sessions", tmp_path / "state", truth)
+
+
+def test_many_log_files_are_measured_and_counted(tmp_path: Path) -> None:
+    """Start, scrape, commit, a new agent and idle CPU; a total that is wrong would stop it."""
+    rows = many.many(tmp_path, logs=30, seconds=0.1, count=2)
+    assert len(rows) == 7
+    assert "notified" in rows[-1].note
 
 
 def test_tables_are_aligned_or_markdown() -> None:

@@ -69,11 +69,13 @@ class Discovery:
         self._clock = clock
         self._trees = [_TREES[root.kind](root) for root in roots]
         self._found: Found | None = None
+        self.breathe: Callable[[], None] = lambda: None
+        """Called now and then in a scan."""
 
     def scan(self) -> Found:
         """Look for logs. Raises nothing: what cannot be read is in `unreadable`."""
         now = self._clock()
-        changed = [tree.scan(now) for tree in self._trees]
+        changed = [tree.scan(now, self.breathe) for tree in self._trees]
         if self._found is None or any(changed):
             self._found = self._collect()
         return self._found
@@ -109,6 +111,7 @@ class _Tree:
         self.path = os.path.abspath(root.path)
         self._home = ""
         self._now = 0.0
+        self._breathe: Callable[[], None] = lambda: None
         self._failed = 0
         self._changed = False
         self._top = Unit("", 0.0, 0.0)
@@ -119,16 +122,18 @@ class _Tree:
         yield self._top
         yield from self._units.values()
 
-    def scan(self, now: float) -> bool:
+    def scan(self, now: float, breathe: Callable[[], None]) -> bool:
         """Look again where something changed. True when that made a difference."""
         try:
             self._home = os.path.join(os.path.realpath(self.path), "")
         except OSError:  # as in `inside`
             self._home = os.path.join(self.path, "")
-        self._now, self._seen = now, {}
+        self._now, self._seen, self._breathe = now, {}, breathe
         self._failed = sum(unit.failed for unit in self._units.values())
-        for unit in self._units.values():
+        for number, unit in enumerate(self._units.values()):
             unit.check(now)
+            if number % 256 == 255:
+                breathe()
         top = Unit(self._home, now, now)
         self.exists = self._look_at_top(top)
         self._changed, self._top = top != self._top, top
@@ -152,6 +157,7 @@ class _Tree:
             lifetime = RELIST_SECONDS + RELIST_SECONDS_PER_UNIT * max(len(self._units), len(self._seen))
             unit = Unit(self._home, self._now, self._now + lifetime * spread)
             look(unit, path)
+            self._breathe()
             if unit.failed:
                 unit.expires = min(unit.expires, self._now + RETRY_SECONDS + RETRY_SECONDS_PER_UNIT * self._failed)
             self._changed = self._changed or unit != known

@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import os
 import re
+import time
 from collections import Counter
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
@@ -20,7 +21,7 @@ from coding_agent_exporter.registry import Registry
 from coding_agent_exporter.tail import Chunk, Tail, Unreadable, accept_partial
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable, Sequence
+    from collections.abc import Callable, Iterable, Sequence
 
     from coding_agent_exporter.model import CounterKey, FileRow, Root, SourceFile
     from coding_agent_exporter.runs import Runs
@@ -38,6 +39,13 @@ MAX_WARNED = 10_000
 MAX_LOOKS = 5
 """So often a step lists again what was renamed since it was listed."""
 
+MAX_WAITS = 5
+"""So many steps in a row a log waits whose parts are being renamed. On a file system that makes up its inode numbers at
+each look, nothing is ever found as it was listed."""
+
+BREATH = 0.1
+"""Seconds between two breaths: in a long step too, no heartbeat that holds for 250 ms goes unseen."""
+
 _TITLE = re.compile(rb'\s*\{\s*"type"\s*:\s*"title"')
 
 
@@ -46,22 +54,23 @@ class _Look:
     """What one look at files found.
 
     `changed`: those that are not as they were left, with (device, inode) and status. `moved`: paths where not the
-    listed file is, and what is there instead.
+    listed file is, and what is there instead. `unsettled`: logs (root, log) that are being renamed all the time.
     """
 
     changed: list[tuple[SourceFile, tuple[int, int], os.stat_result]] = field(default_factory=list)
     moved: set[tuple[str, tuple[int, int] | None]] = field(default_factory=set)
+    unsettled: set[tuple[str, str]] = field(default_factory=set)
 
 
 class Inputs:
     """Reads usage logs and session files. Counts what it does in `stats`, what it sees in `states` and `lag`.
 
-    Without `runs`, only what was spent is read.
+    Without `runs`, only what was spent is read. `breathe` is called now and then while a step takes long.
     """
 
     def __init__(
         self, roots: Sequence[Root], discovery: Discovery, tail: Tail, ledger: Ledger,
-        runs: Runs | None, rows: Iterable[FileRow],
+        runs: Runs | None, rows: Iterable[FileRow], breathe: Callable[[], None] = lambda: None,
     ) -> None:
         self.stats: Counter[CounterKey] = Counter()
         self.states: dict[tuple[str, str, str], int] = {}
@@ -70,6 +79,9 @@ class Inputs:
         self._roots = {(root.kind, root.alias): root.path for root in roots}
         self._telemetry = tuple(f"{root.path}{os.sep}" for root in roots if root.kind == "telemetry")
         self._discovery = discovery
+        discovery.breathe = self._pause
+        self._breathe = breathe
+        self._breathed = 0.0
         self._tail = tail
         self._ledger = ledger
         self._runs = runs
@@ -87,8 +99,8 @@ class Inputs:
         self._expired = 0.0
         self._rest: dict[str, SourceFile] = {}
         """What the budget of the step before did not reach: the next one goes on there."""
-        self._waited: set[tuple[str, str]] = set()
-        """The logs (root, log) that the step before did not read, for they were being renamed."""
+        self._waits: dict[tuple[str, str], int] = {}
+        """The logs (root, log) that the step before did not read, for they were being renamed, and how often by now."""
 
     def reads_session(self, session: str) -> bool:
         """Whether a session file of this session is among what is read."""
@@ -99,7 +111,7 @@ class Inputs:
 
         `changes` are the paths that are known to have changed since the last step; None: look at all.
         """
-        self._now = now
+        self._now, self._breathed = now, time.monotonic()
         chosen = self._rest or (None if changes is None else self._choose(changes))
         states = Counter(self._present)
         look = _Look() if chosen is None else self._look(chosen, states)
@@ -108,20 +120,22 @@ class Inputs:
             chosen, states, look = self._look_at_all(now, look.moved)
         lag: Counter[tuple[str, str]] = Counter()
         rows = self._registry.resolve([(file, inode) for file, inode, _ in look.changed])
-        waited, self._waited = self._waited, set()
         self._rest = {}
         only_look = budget <= 0
+        hold = {} if only_look else {
+            log: times for log in look.unsettled if (times := self._waits.get(log, 0) + 1) <= MAX_WAITS}
         for (file, inode, status), row in zip(look.changed, rows, strict=True):
+            self._pause()
             row.size, row.mtime = status.st_size, status.st_mtime
             log = (file.root, file.log)
+            patient = self._waits.get(log, 0) < MAX_WAITS
             try:
-                if log not in self._waited:
-                    # What is never to be found as it was listed (numbers that are made up at each look) waits once.
-                    budget = self._read(file, row, budget, None if log in waited else inode)
+                if log not in hold:
+                    budget = self._read(file, row, budget, inode if patient else None)
             except Unreadable as error:
-                if error.reason == "vanished" and log not in waited and not only_look:
+                if error.reason == "vanished" and patient:
                     # Renamed in between: what was in front of the rest of this log can be behind it now.
-                    self._waited.add(log)
+                    hold[log] = self._waits.get(log, 0) + 1
                 self._note_unreadable(states, file, error.reason)
                 if error.reason != "permission":
                     continue  # perhaps a link out of the root: not even the size of what it leads to gets out
@@ -130,7 +144,8 @@ class Inputs:
                 lag[file.root, file.kind] += row.size - offset
                 if budget <= 0 and not only_look:
                     self._rest[str(file.path)] = file
-        if self._waited:
+        self._waits = hold
+        if hold:
             self._rest = self._files
         if chosen is self._files:
             self.states = dict(states)
@@ -190,13 +205,17 @@ class Inputs:
             look = self._look(self._files, states)
             if look.moved <= moved:
                 break
+            look.unsettled.update((file.root, file.log) for path, _ in look.moved - moved
+                                  if (file := self._files.get(path)) is not None)
             moved = look.moved
         return self._files, states, look
 
     def _look(self, files: dict[str, SourceFile], states: Counter[tuple[str, str, str]]) -> _Look:
         look = _Look()
         row_at, listed = self._registry.row_at, self._listed
-        for path, file in files.items():
+        for number, (path, file) in enumerate(files.items()):
+            if number % 256 == 255:
+                self._pause()
             try:
                 status = os.stat(path)  # noqa: PTH116  every file, at every scrape: a Path would double the cost
             except FileNotFoundError:
@@ -216,6 +235,11 @@ class Inputs:
                 if listed.get(path) != inode:
                     look.moved.add((path, inode))
         return look
+
+    def _pause(self) -> None:
+        if time.monotonic() - self._breathed >= BREATH:
+            self._breathe()
+            self._breathed = time.monotonic()
 
     def _note_unreadable(self, states: Counter[tuple[str, str, str]], file: SourceFile, reason: str) -> None:
         states[file.root, file.kind, "ok"] -= 1

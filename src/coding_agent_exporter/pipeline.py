@@ -104,7 +104,7 @@ class Pipeline:
             self._ledger.observe = self._note_message
         self.inputs = Inputs(
             settings.roots, Discovery(settings.roots), Tail(max_line=settings.input_max_line_size),
-            self._ledger, self._runs, store.files(),
+            self._ledger, self._runs, store.files(), breathe=lambda: self._read_heartbeats(self._clock()),
         )
         self._committed = committed
         # A line can become several spans, which stay in memory until they are committed.
