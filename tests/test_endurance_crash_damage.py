@@ -59,7 +59,7 @@ def world(tmp_path_factory: pytest.TempPathFactory) -> World:
 
 
 def outcome(world: World, home: Path) -> str:
-    """Go on from a state: right, or refused, and when. Fails the test where totals are wrong or a refusal is unclear."""
+    """Go on from a state: right, or refused, and when. Fails where totals are wrong, or a refusal is unclear."""
     verdict, refusal, opened = "refused", "", ExitStack()
 
     def open_store(path: Path) -> Store:
