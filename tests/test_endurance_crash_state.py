@@ -62,7 +62,7 @@ def test_every_state_that_a_crash_can_leave_comes_to_the_same_end(
     Each copy is what a kill leaves at that instant. All have the same spans to send as one run that nothing
     interrupts.
     """
-    seed, steps = 3, amount(12, 100)
+    seed, steps = 3, amount(8, 100)
     chance, fleet, state = random.Random(seed), Fleet(tmp_path, seed), tmp_path / "state.db"
     copies: list[Path] = []
 
