@@ -4,13 +4,15 @@ from __future__ import annotations
 
 import json
 import os
+import random
 from pathlib import Path
 from typing import Any
 
 import pytest
 
 from coding_agent_exporter.decode.heartbeat import derive_pressure, parse
-from coding_agent_exporter.heartbeat import InstanceDir, Scan
+from coding_agent_exporter.heartbeat import LIST_EVERY, Heartbeats, InstanceDir, Scan
+from coding_agent_exporter.instances import Instances
 from coding_agent_exporter.model import Activity, Heartbeat, Pressure, Rejected, Root
 
 DATA = Path(__file__).parent / "data" / "heartbeats"
@@ -439,3 +441,67 @@ def test_only_the_freshest_files_are_followed_and_the_rest_is_counted(tmp_path: 
     assert directory.scan().states["ignored"] == 0
     write(2, 1_000)
     assert directory.scan().rejected[0].reason == "too_many"
+
+
+def paths(folder: InstanceDir, *names: str) -> frozenset[str]:
+    return frozenset(str(folder.root.path / name) for name in names)
+
+
+def test_only_what_is_known_to_have_changed_is_looked_at(folder: InstanceDir,
+                                                         monkeypatch: pytest.MonkeyPatch) -> None:
+    """A heartbeat costs the reading of one file: no listing, and no look at the others."""
+    for pid in (77, 78, 79):
+        put(folder, f"{pid}.json", process(pid=pid))
+    folder.scan()
+    put(folder, "77.json", process(updatedAt=1795225191000))
+    put(folder, "78.json", process(pid=78, updatedAt=1795225191000))
+    (folder.root.path / "79.json").unlink()
+    with monkeypatch.context() as patch:
+        patch.setattr(os, "scandir", None)
+        scan = folder.scan(paths(folder, "77.json", "77.json.tmp-77", "x/1.json", "../1.json"))
+        assert (names(scan), scan.present) == (["77.json"], frozenset({"77.json", "78.json", "79.json"}))
+        assert folder.scan(paths(folder, "79.json")).present == frozenset({"77.json", "78.json"})
+        assert folder.scan(frozenset()).states["ok"] == 2
+    assert names(folder.scan()) == ["78.json"]
+
+
+def test_a_series_of_partial_looks_sees_what_looks_at_all_see(tmp_path: Path) -> None:
+    """Files that appear, change, tear, vanish and become links: both ways of looking find the same, each time."""
+    chance = random.Random(7)
+    root = Root("telemetry", "home", tmp_path)
+    whole, partial = InstanceDir(root), InstanceDir(root)
+    for number in range(600):
+        touched = chance.sample(range(70, 78), chance.randrange(4))
+        for pid in touched:
+            path = tmp_path / f"{pid}.json"
+            path.unlink(missing_ok=True)
+            what = chance.randrange(6)
+            if what < 3:
+                put(whole, path.name, process(pid=pid, updatedAt=1795225190000 + number))
+            elif what == 3:
+                put(whole, path.name, changed()[:50 + number])
+            elif what == 4:
+                path.symlink_to("nowhere")
+        one, other = whole.scan(), partial.scan(paths(partial, *(f"{pid}.json" for pid in touched)))
+        one.changed.sort()
+        other.changed.sort()
+        assert (sorted(zip(one.paths, one.rejected, strict=True)), one.changed, one.present, one.states) == (
+            sorted(zip(other.paths, other.rejected, strict=True)), other.changed, other.present, other.states)
+
+
+def test_a_change_that_nobody_told_of_is_found_within_a_second(tmp_path: Path) -> None:
+    """A hint can be missing: an agent that still writes must not pass for a silent one."""
+    folder = InstanceDir(Root("telemetry", "home", tmp_path))
+    heartbeats, instances = Heartbeats([folder.root]), Instances()
+    start = 1795225190.0
+    put(folder, "77.json", process(updatedAt=round(start * 1000)))
+    heartbeats.read(instances, start)
+    for number in range(1, 200):
+        now = start + number / 10
+        put(folder, "77.json", process(updatedAt=round(now * 1000)))
+        heartbeats.read(instances, now, changes=paths(folder, "78.json"))
+        (instance,) = instances.view(now)
+        assert now - instance.heartbeat.updated_at <= LIST_EVERY
+    # A clock that was set back must not put it off.
+    put(folder, "77.json", process(updatedAt=round(start * 1000) - 50_000))
+    assert heartbeats.read(instances, start - 50, changes=frozenset())[0][1].changed

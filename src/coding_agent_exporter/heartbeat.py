@@ -10,6 +10,7 @@ import heapq
 import os
 import re
 import stat
+from contextlib import suppress
 from dataclasses import dataclass, field
 from hashlib import blake2b
 from typing import TYPE_CHECKING
@@ -29,6 +30,10 @@ _NAME = re.compile(r"[0-9]+\.json", re.ASCII)
 _OPEN = os.O_RDONLY | os.O_NONBLOCK | os.O_NOFOLLOW | os.O_CLOEXEC
 
 MAX_BYTES = 1 << 20
+
+LIST_EVERY = 1.0
+"""Seconds for which it is enough to look at the files that are known to have changed. Listing a directory costs more
+than reading one of its files; but a notification can be missing, and what went unnoticed must not pass for silence."""
 
 MAX_FILES = 1000
 """So many instance files of a directory are followed."""
@@ -73,12 +78,15 @@ class InstanceDir:
         self.root = root
         self._max_bytes = max_bytes
         self._max_files = max_files
+        self._prefix = os.path.abspath(root.path) + os.sep  # noqa: PTH100  as the waker names it, links and all
         self._known: dict[str, _Known] = {}
         self._complaint = ""
-        self._crowded = False
+        self._ignored = 0
 
-    def scan(self) -> Scan:
+    def scan(self, changes: frozenset[str] | None = None) -> Scan:
         """Look once. A file that is unchanged since it was read (inode, mtime, size) is not opened again.
+
+        `changes`: paths that are known to have changed since the last scan, which alone are looked at; None: all are.
 
         A missing directory is an empty one. A directory that cannot be listed now keeps the files it had:
         they have not been seen to go. A file that cannot be opened is tried again on every scan, one that was
@@ -87,14 +95,27 @@ class InstanceDir:
         while there are files that are not followed).
         """
         found = Scan()
+        names = self._list(found) if changes is None else self._revisit(changes, found)
+        for name in self._known.keys() - names:
+            del self._known[name]
+        found.states["ignored"] = self._ignored
+        for known in self._known.values():
+            found.states[known.state] += 1
+        found.present = frozenset(names)
+        return found
+
+    def _list(self, found: Scan) -> set[str]:
+        """Look at every file. Returns the names of those that are there and followed."""
         names: set[str] = set()
         try:
             with os.scandir(self.root.path) as entries:
                 for entry, status in self._latest(entries, found):
-                    self._look(entry, status, names, found)
+                    with suppress(FileNotFoundError):
+                        self._look(entry.name, entry.path, status, found)
+                        names.add(entry.name)
         except (FileNotFoundError, NotADirectoryError):
             names.clear()
-            self._complaint = ""
+            self._complaint, self._ignored = "", 0
         except OSError:
             names.update(self._known)
             if not self._complaint:
@@ -103,12 +124,25 @@ class InstanceDir:
             self._complaint = "unreadable"
         else:
             self._complaint = ""
-        for name in self._known.keys() - names:
-            del self._known[name]
-        for known in self._known.values():
-            found.states[known.state] += 1
-        found.present = frozenset(names)
-        return found
+        return names
+
+    def _revisit(self, changes: frozenset[str], found: Scan) -> set[str]:
+        """Look at these files alone. Returns the names of all that are there, as far as that is known."""
+        names = set(self._known)
+        for path in changes:
+            name = path.removeprefix(self._prefix)
+            if name == path or not _NAME.fullmatch(name):
+                continue
+            if name not in names and len(names) >= self._max_files:
+                return self._list(found)  # which of them are followed, only a look at all tells
+            try:
+                self._look(name, path, os.lstat(path), found)
+                names.add(name)
+            except (FileNotFoundError, NotADirectoryError):
+                names.discard(name)
+            except OSError:
+                continue  # listing the directory will tell
+        return names
 
     def _latest(
         self, entries: Iterable[os.DirEntry[str]], found: Scan
@@ -129,29 +163,25 @@ class InstanceDir:
                     yield status.st_mtime_ns + tenure, entry.name, entry, status
 
         latest = heapq.nlargest(self._max_files, ranked(), key=lambda file: file[:2])
-        found.states["ignored"] = count - len(latest)
-        if count > len(latest) and not self._crowded:
+        ignored, self._ignored = self._ignored, count - len(latest)
+        if self._ignored and not ignored:
             found.rejected.append(Rejected("too_many"))
             found.paths.append(str(self.root.path))
-        self._crowded = count > len(latest)
         return [(entry, status) for _, _, entry, status in latest]
 
-    def _look(self, entry: os.DirEntry[str], status: os.stat_result, names: set[str], found: Scan) -> None:
-        name = entry.name
+    def _look(self, name: str, path: str, status: os.stat_result, found: Scan) -> None:
+        """Read one file if it is new or changed. Raises FileNotFoundError."""
         known = self._known.get(name)
-        if known is None or known.version != _version(status):
-            known = known or _Known(None)
-            try:
-                result = self._read(name, entry.path, status, known)
-            except FileNotFoundError:
-                return
-            self._known[name] = known
-            if isinstance(result, Heartbeat):
-                found.changed.append((name, result))
-            elif result is not None:
-                found.rejected.append(result)
-                found.paths.append(entry.path)
-        names.add(name)
+        if known is not None and known.version == _version(status):
+            return
+        known = known or _Known(None)
+        result = self._read(name, path, status, known)
+        self._known[name] = known
+        if isinstance(result, Heartbeat):
+            found.changed.append((name, result))
+        elif result is not None:
+            found.rejected.append(result)
+            found.paths.append(path)
 
     def _read(self, name: str, path: str, status: os.stat_result,
               known: _Known) -> Heartbeat | Rejected | None:
@@ -187,14 +217,21 @@ class Heartbeats:
     def __init__(self, roots: Iterable[Root]) -> None:
         self._dirs = [InstanceDir(root) for root in roots if root.kind == "telemetry"]
         self._present: dict[str, frozenset[str]] = {}
+        self._listed = float("-inf")
 
     def read(self, instances: Instances, now: float,
-             counts_compactions: Callable[[Heartbeat], bool] = lambda _: True) -> list[tuple[str, Scan]]:
-        """Tell `instances` what has changed since the last time. Returns what each root's scan found, by alias."""
+             counts_compactions: Callable[[Heartbeat], bool] = lambda _: True, *,
+             changes: frozenset[str] | None = None) -> list[tuple[str, Scan]]:
+        """Tell `instances` what has changed since the last time. Returns what each root's scan found, by alias.
+
+        `changes`: paths that are known to have changed; None: look at all. `now` is epoch seconds.
+        """
+        if changes is None or not 0 <= now - self._listed < LIST_EVERY:
+            changes, self._listed = None, now
         scans = []
         for directory in self._dirs:
             root = directory.root.alias
-            scan = directory.scan()
+            scan = directory.scan(changes)
             for name in self._present.get(root, frozenset()) - scan.present:
                 instances.gone(root, name, now)
             self._present[root] = scan.present

@@ -77,7 +77,9 @@ class Inputs:
         self.lag: dict[tuple[str, str], int] = {}
         self.found = Found(files=[], watch=frozenset(), unreadable=[], missing=[])
         self._roots = {(root.kind, root.alias): root.path for root in roots}
-        self._telemetry = tuple(f"{root.path}{os.sep}" for root in roots if root.kind == "telemetry")
+        self._telemetry = tuple(
+            os.path.abspath(root.path) + os.sep  # noqa: PTH100  as the waker names it, links and all
+            for root in roots if root.kind == "telemetry")
         self._discovery = discovery
         discovery.breathe = self._pause
         self._breathe = breathe
@@ -164,6 +166,14 @@ class Inputs:
                 changed.pop(id(row), None)
         return list(changed.values()), [row for row in gone if row.number]
 
+    def knows(self, changes: frozenset[str]) -> bool:
+        """Whether each of these paths is a log that was found before, or lies in a telemetry directory."""
+        return all(path in self._files or path.startswith(self._telemetry) for path in changes)
+
+    def untouched(self, changes: frozenset[str]) -> bool:
+        """Whether no log is among these paths, and nothing is left to read: a step would find nothing."""
+        return not self._rest and all(path.startswith(self._telemetry) for path in changes)
+
     def _is_same(self, file: SourceFile, inode: tuple[int, int]) -> bool:
         """Whether the file is, by its inode, the one that its path's row is about."""
         row = self._registry.row_at(str(file.path))
@@ -171,10 +181,9 @@ class Inputs:
 
     def _choose(self, changes: frozenset[str]) -> dict[str, SourceFile] | None:
         """The known files among these paths; None when one of them may be a new file."""
-        paths = [path for path in changes if not path.startswith(self._telemetry)]
-        if any(path not in self._files for path in paths):
+        if not self.knows(changes):
             return None
-        return {path: self._files[path] for path in paths}
+        return {path: self._files[path] for path in changes if path in self._files}
 
     def _discover(self, now: float) -> None:
         found = self._discovery.scan()

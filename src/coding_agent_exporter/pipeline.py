@@ -167,8 +167,13 @@ class Pipeline:
     def _step(self, *, scrape: bool, changes: frozenset[str] | None) -> bool:
         began = time.monotonic()
         now = self._ledger.now = self._clock()
-        self._read_heartbeats(now)
-        if self._settle_pending():
+        if changes is not None and not self.inputs.knows(changes):
+            changes = None  # what it is, only a look at all tells
+        eventful = self._read_heartbeats(now, changes)
+        calm = self.caught_up and self._pending is None and not (scrape or eventful)
+        if calm and changes is not None and self.inputs.untouched(changes):
+            more = False  # a heartbeat like the one before: nothing to read, nothing to commit
+        elif self._settle_pending():
             more = self.inputs.step(now, changes=changes, budget=self._budget)
             if not more and not self.caught_up:
                 self.caught_up = True
@@ -288,18 +293,22 @@ class Pipeline:
 
     # -- parts of a step
 
-    def _read_heartbeats(self, now: float) -> None:
+    def _read_heartbeats(self, now: float, changes: frozenset[str] | None) -> bool:
+        """Returns whether they told something that has to be stored."""
         self._states.clear()
         scans = self._heartbeats.read(
-            self._instances, now, lambda heartbeat: not self.inputs.reads_session(heartbeat.session_id))
+            self._instances, now, lambda heartbeat: not self.inputs.reads_session(heartbeat.session_id),
+            changes=changes)
         for root, scan in scans:
             for state, count in scan.states.items():
                 self._states[root, "telemetry", state] += count
             for path, rejected in zip(scan.paths, scan.rejected, strict=True):
                 self.inputs.warn(path, rejected.reason)
                 self._stats[families.REJECTED.name, (root, "telemetry", rejected.reason)] += rejected.count
-        for key, amount in self._instances.take().items():
+        taken = self._instances.take()
+        for key, amount in taken.items():
             self._ledger.book.count(key, now, amount)
+        return bool(taken) or self._instances.dirty
 
     def _commit(self, now: float, *, scrape: bool, more: bool) -> None:
         if self.caught_up and not more:

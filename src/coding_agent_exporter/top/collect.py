@@ -77,11 +77,13 @@ class Collector:
         `changes`: paths that are known to have changed since the last step; None: look at everything. The first step
         reads no logs, so that agents can be seen at once, however long a history there is.
         """
+        if changes is not None and not self._inputs.knows(changes):
+            changes = None
         now = self._journal.now = self._clock()
         self._tally.advance(now)
         self._unreadable = sum(
             scan.states["unreadable"] + scan.states["invalid"]
-            for _, scan in self._heartbeats.read(self._instances, now))
+            for _, scan in self._heartbeats.read(self._instances, now, changes=changes))
         if self._total < 0:
             self._inputs.step(now, budget=0)
             self._total = sum(self._inputs.lag.values())
