@@ -16,8 +16,11 @@ INTERVAL = 1.5
 
 FIRST_PID = 20_000
 
+STARTED = 1_760_000_000_000
+"""Epoch milliseconds; what tells one process from another under the same pid."""
 
-def write(directory: Path, number: int, now: float, *, sequence: int = 0) -> None:
+
+def write(directory: Path, number: int, now: float, *, sequence: int = 0, pressure: str = "normal") -> None:
     """Write one instance file, by renaming, as of `now` (epoch seconds)."""
     pid = FIRST_PID + number
     percent = (number * 37 + sequence) % 100
@@ -25,7 +28,7 @@ def write(directory: Path, number: int, now: float, *, sequence: int = 0) -> Non
         "schemaVersion": 2,
         "source": "pi-telemetry",
         "process": {
-            "pid": pid, "ppid": 1, "startedAt": int((now - 3600) * 1000), "updatedAt": int(now * 1000),
+            "pid": pid, "ppid": 1, "startedAt": STARTED, "updatedAt": int(now * 1000),
             "uptimeMs": 3_600_000, "heartbeatSeq": sequence, "heartbeatMs": int(INTERVAL * 1000),
         },
         "system": {"host": "bench", "user": "dev", "platform": "linux", "arch": "x64", "nodeVersion": "v22.0.0"},
@@ -38,7 +41,7 @@ def write(directory: Path, number: int, now: float, *, sequence: int = 0) -> Non
         "context": {
             "tokens": percent * 2000, "contextWindow": 200_000, "percent": percent,
             "remainingTokens": 200_000 - percent * 2000, "remainingPercent": 100 - percent,
-            "pressure": "normal", "closeToLimit": False, "nearLimit": False,
+            "pressure": pressure, "closeToLimit": False, "nearLimit": False,
         },
         "messages": {"lastAssistantText": "All done here. " * 60, "lastAssistantUpdatedAt": int(now * 1000)},
         "lastEvent": "turn_start",

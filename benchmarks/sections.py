@@ -11,6 +11,7 @@ from functools import partial
 from typing import TYPE_CHECKING, NamedTuple
 
 from benchmarks import ingest
+from benchmarks.agents import write
 from benchmarks.generate import generate
 from benchmarks.process import agents, exporter, total
 from benchmarks.table import Row
@@ -20,6 +21,8 @@ from coding_agent_exporter.pipeline import Pipeline
 if TYPE_CHECKING:
     from collections.abc import Callable
     from pathlib import Path
+
+    from benchmarks.process import Exporter
 
 USAGE = ("coding_agent_cost_usd_total", "coding_agent_tokens_total", "coding_agent_messages_total",
          "coding_agent_sessions_total", "coding_agent_unpriced_tokens_total")
@@ -182,8 +185,10 @@ def freshness(work: Path, *, count: int = 20) -> list[Row]:
     ]
 
 
-def idle(work: Path, *, instances: int = 20, seconds: float = 15.0, sessions: int = 2000) -> list[Row]:
-    """CPU between scrapes, in percent of a core."""
+def idle(
+    work: Path, *, instances: int = 20, seconds: float = 15.0, sessions: int = 2000, peaks: int = 100,
+) -> list[Row]:
+    """CPU between scrapes, in percent of a core, and whether what is not read for its sake is missed."""
     rows = []
     folder = work / "sessions"
     for number in range(sessions):
@@ -202,10 +207,26 @@ def idle(work: Path, *, instances: int = 20, seconds: float = 15.0, sessions: in
             began, before = time.monotonic(), running.cpu()
             time.sleep(seconds)
             share = (running.cpu() - before) / (time.monotonic() - began) * 100
+            seen = _peaks(telemetry, instances, peaks, running) if place.name == "none" else 0
         target = "1 %" if place.name == "none" else ""
         note = f"{instances} agents, heartbeats every 1.5 s, and {label}; over {seconds:.0f} s"
-        rows.append(Row("CPU while nobody asks", f"{share:.1f} %", target, note))
+        rows.append(Row("CPU while nobody asks", f"{share:.2f} %", target, note))
+        if place.name == "none":
+            rows.append(Row("peaks that were seen", f"{seen} of {peaks}", f"{peaks}",
+                            "near the limit for 250 ms, between two scrapes, beside those agents"))
     return rows
+
+
+def _peaks(telemetry: Path, number: int, count: int, running: Exporter) -> int:
+    """How many of an agent's peaks were seen, each of which stands for 250 ms."""
+    for peak in range(count):
+        write(telemetry, number, time.time(), sequence=2 * peak, pressure="near_limit")
+        time.sleep(0.25)
+        write(telemetry, number, time.time(), sequence=2 * peak + 1)
+        time.sleep(0.25 + 0.1 * (peak % 10) / 10)
+    return int(sum(
+        float(line.rpartition(" ")[2]) for line in running.text().splitlines()
+        if line.startswith("coding_agent_context_limit_crossings_total{") and 'pressure="near_limit"' in line))
 
 
 # -- trees and texts
