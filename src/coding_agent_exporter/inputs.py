@@ -8,6 +8,7 @@ import re
 import time
 from collections import Counter
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 from coding_agent_exporter import families
@@ -96,7 +97,7 @@ class Inputs:
         self._present: Counter[tuple[str, str, str]] = Counter()
         self._changed: dict[int, FileRow] = {}
         self._warned: set[int] = set()
-        self._sessions: set[str] = {row.session for row in self._registry if row.session}
+        self._sessions = self._named()
         self._today = 0
         self._expired = 0.0
         self._rest: dict[str, SourceFile] = {}
@@ -164,6 +165,8 @@ class Inputs:
             gone = self._registry.expire(now)
             for row in gone:
                 changed.pop(id(row), None)
+            # A row whose file is gone can also have become another file's, with its inode.
+            self._sessions = self._named()
         return list(changed.values()), [row for row in gone if row.number]
 
     def knows(self, changes: frozenset[str]) -> bool:
@@ -173,6 +176,10 @@ class Inputs:
     def untouched(self, changes: frozenset[str]) -> bool:
         """Whether no log is among these paths, and nothing is left to read: a step would find nothing."""
         return not self._rest and all(path.startswith(self._telemetry) for path in changes)
+
+    def _named(self) -> set[str]:
+        """The sessions of all session files."""
+        return {row.session or _by_name(Path(row.path), row.log) for row in self._registry if row.kind == "sessions"}
 
     def _is_same(self, file: SourceFile, inode: tuple[int, int]) -> bool:
         """Whether the file is, by its inode, the one that its path's row is about."""
@@ -306,8 +313,7 @@ class Inputs:
             if not row.source:
                 row.source = OMP if _TITLE.match(data) else PI
             meta = SessionMeta(row.session, row.created, row.parent)
-            # Sub-agents are all called alike: without a header only the place of a file tells it from others.
-            by_name = session_files.session_key(file.path.stem) if "_" in file.path.stem else file.log
+            by_name = _by_name(file.path, file.log)
             self._ledger.apply_session(file, row.source, meta, records, fallback=by_name)
             if self._runs is not None:
                 turns, _ = turn_lines.decode(data)  # what is malformed was counted above
@@ -326,3 +332,11 @@ class Inputs:
         if known not in self._warned and len(self._warned) < MAX_WARNED:
             self._warned.add(known)
             log.warning("cannot read input", extra={"fields": {"path": path, "reason": reason}})
+
+
+def _by_name(path: Path, log: str) -> str:
+    """What names a session whose header is not readable.
+
+    Sub-agents are all called alike: only the place of their file tells them from others.
+    """
+    return session_files.session_key(path.stem) if "_" in path.stem else log
