@@ -11,7 +11,7 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from benchmarks import many, sections, spans, table, wrap
+from benchmarks import linear, many, sections, spans, table, wrap
 from benchmarks.sections import Size
 
 if TYPE_CHECKING:
@@ -29,7 +29,7 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--full", action="store_true", help="also 5,000,000 events in 25,000 sessions: 2 GB, minutes")
     parser.add_argument("--markdown", action="store_true", help="print the tables of docs/performance.md")
     parser.add_argument("--only", metavar="SECTION",
-                        help="speed, memory, scrapes, freshness, idle, many, spans or wrap")
+                        help="one of: speed, memory, scrapes, freshness, idle, linear, many, spans, wrap")
     parser.add_argument("--dir", type=Path, help="where to write the generated files (default: a temporary directory)")
     arguments = parser.parse_args(argv)
     sessions, count = max(2, arguments.events * SESSIONS // EVENTS), max(2, min(AGENTS, arguments.events // 100))
@@ -40,6 +40,7 @@ def main(argv: list[str] | None = None) -> int:
         "scrapes": ("Scrapes", sections.scrapes),
         "freshness": ("Freshness", sections.freshness),
         "idle": ("Idle", sections.idle),
+        "linear": ("Beside history", linear.linear),
         "many": ("10,000 log files", many.many),
         "spans": ("Spans", spans.spans),
         "wrap": ("Wrap", wrap.wrap),

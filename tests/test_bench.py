@@ -6,7 +6,7 @@ from dataclasses import asdict
 from pathlib import Path
 
 import pytest
-from benchmarks import conversations, ingest, many, sections, spans, table, wrap
+from benchmarks import conversations, ingest, linear, many, sections, spans, table, wrap
 from benchmarks.generate import generate
 from benchmarks.process import total
 from benchmarks.sections import Size
@@ -119,3 +119,18 @@ def test_what_wrap_adds_is_reported_beside_a_round_trip_without_it(tmp_path: Pat
         "round trip through cat", "the same through wrap -- cat", "  that / without"]
     with pytest.raises((EOFError, BrokenPipeError)):
         wrap.round_trips(tmp_path, ["true"], 20)
+
+
+def test_what_a_line_costs_is_reported_beside_little_and_much_history(tmp_path: Path) -> None:
+    """Events, files and messages of one session; all of them are counted, or there is no result."""
+    rows = linear.linear(tmp_path, batch=2000, histories=(3000, 6000), files=(1, 5), lengths=(10, 20), count=2)
+    assert [row.what for row in rows if row.target] == [
+        "2,000 events after 3,000 / on an empty state", "2,000 events after 6,000 / on an empty state"]
+    assert len(rows) == 2 + 2 * 3 + 2 * 2
+
+
+def test_an_event_that_is_not_counted_is_no_result(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A pipeline that forgets looks linear."""
+    monkeypatch.setattr(linear, "_messages", lambda _: 0)
+    with pytest.raises(linear.WrongCountError):
+        linear.linear(tmp_path, batch=2000, histories=(3000,), files=(), lengths=())
