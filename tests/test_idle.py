@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import json
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Self
+
+import pytest
 
 from coding_agent_exporter.pipeline import Pipeline
 from coding_agent_exporter.serve import MIN_INTERVAL
@@ -11,10 +13,8 @@ from coding_agent_exporter.watch import DEBOUNCE_MS, STEP_MS
 from support import Clock, drain, exact, scrape, settings, total
 
 if TYPE_CHECKING:
-    from collections.abc import Callable
+    from collections.abc import Callable, Iterator
     from pathlib import Path
-
-    import pytest
 
 CROSSINGS = "coding_agent_context_limit_crossings_total"
 
@@ -124,6 +124,48 @@ def test_what_nobody_knows_is_looked_for_everywhere(tmp_path: Path) -> None:
     desk.told(tmp_path / "elsewhere")
     assert exact(desk.pipeline)[CROSSINGS, ("pi", "near_limit")] == 1
     desk.pipeline.close()
+
+
+class Told(frozenset[str]):
+    """A set in an order that the test chooses, as chance does in a real one."""
+
+    paths: list[str]
+
+    def __new__(cls, *paths: Path) -> Self:
+        made = super().__new__(cls, map(str, paths))
+        made.paths = [str(path) for path in paths]
+        return made
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self.paths)
+
+
+@pytest.mark.parametrize("turned", [False, True])
+def test_what_one_notification_tells_of_is_read_in_the_order_of_all(tmp_path: Path, turned: bool) -> None:
+    """A message that a usage log and a session file know is the log's, whichever of them is named first."""
+    uuid, at = "00000000-0000-7000-8000-000000000001", "2027-01-15T08:00:00.000Z"
+    log = tmp_path / "logs" / "agents" / "a" / "events" / "pi-coding" / "usage" / "events.jsonl"
+    session = tmp_path / "sessions" / "--srv--" / f"2027-01-15T07-59-00-000Z_{uuid}.jsonl"
+    for path in (log, session):
+        path.parent.mkdir(parents=True)
+    log.touch()
+    session.write_text(json.dumps({"type": "session", "version": 3, "id": uuid, "timestamp": at}) + "\n")
+    flags = (f"--usage.root=logs={tmp_path / 'logs'}", f"--sessions.dir=pi={tmp_path / 'sessions'}")
+    pipeline = Pipeline(settings(tmp_path, *flags), clock=Clock())
+    drain(pipeline)
+    with log.open("a") as file:
+        file.write(json.dumps({
+            "source": "pi-coding/usage", "type": "cost_snapshot", "event_id": "evt-1", "timestamp": at,
+            "session_id": session.stem, "cost": {"total_cost_usd": 1.0}, "model": "a/b"}) + "\n")
+    with session.open("a") as file:
+        file.write(json.dumps({"type": "message", "id": "1", "timestamp": at, "message": {
+            "role": "assistant", "provider": "a", "model": "b", "usage": {"cost": {"total": 1.0}},
+            "timestamp": 1_800_000_000_000}}) + "\n")
+    pipeline.step(changes=Told(session, log) if turned else Told(log, session))
+    cost = {labels[0]: amount for (name, labels), amount in exact(pipeline).items()
+            if name == "coding_agent_cost_usd_total"}
+    assert cost == {"logs": 10**12}
+    pipeline.close()
 
 
 def test_a_peak_of_250_ms_outlasts_the_time_between_two_looks() -> None:

@@ -49,7 +49,8 @@ class Desk:
                 file.write(json.dumps({
                     "source": "x/usage", "type": "cost_snapshot", "event_id": f"{number:08d}", "timestamp": at,
                     "message_id": f"msg_{number:08d}" if path.parts[-3] == "opencode" else None, "session_id": session,
-                    "cost": {"total_cost_usd": 0.25}, "tokens": {"input": 100_000 + self._written, "output": 300}, "model": "a/b",
+                    "cost": {"total_cost_usd": 0.25}, "model": "a/b",
+                    "tokens": {"input": 100_000 + self._written, "output": 300},
                 }) + "\n")
 
     def step(self, path: Path) -> Cost:

@@ -92,7 +92,7 @@ class Discovery:
                     # Of two ways within a root, the longer one is the one through a link.
                     if other.root == file.root and len(file.path.parts) < len(other.path.parts):
                         known[identity] = file
-        ordered = sorted(known.items(), key=lambda item: (item[1].kind != "usage", item[1].order, item[1].path))
+        ordered = sorted(known.items(), key=lambda item: item[1].precedence)
         return Found(
             files=[file for _, file in ordered],
             inodes=[inode for inode, _ in ordered],

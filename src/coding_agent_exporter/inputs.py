@@ -190,7 +190,9 @@ class Inputs:
         """The known files among these paths; None when one of them may be a new file."""
         if not self.knows(changes):
             return None
-        return {path: self._files[path] for path in changes if path in self._files}
+        found = sorted((self._files[path] for path in changes if path in self._files),
+                       key=lambda file: file.precedence)
+        return {str(file.path): file for file in found}
 
     def _discover(self, now: float) -> None:
         found = self._discovery.scan()

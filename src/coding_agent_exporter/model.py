@@ -47,6 +47,11 @@ class SourceFile:
     agent: str = ""
     order: tuple[str, ...] = ()
 
+    @property
+    def precedence(self) -> tuple[bool, tuple[str, ...], Path]:
+        """What sorts files into the order in which they have to be read: usage logs first, all as they were written."""
+        return self.kind != "usage", self.order, self.path
+
 
 @dataclass(frozen=True, slots=True)
 class Cursor:
