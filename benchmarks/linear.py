@@ -12,7 +12,7 @@ from benchmarks import ingest
 from benchmarks.generate import generate
 from benchmarks.ingest import Timer
 from benchmarks.table import Row
-from coding_agent_exporter.discover import RACY_SECONDS
+from coding_agent_exporter.listing import RACY_SECONDS
 from coding_agent_exporter.pipeline import Pipeline
 from coding_agent_exporter.serve import relax_gc
 
