@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import json
 import os
+import sys
 from datetime import UTC, datetime
+from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple
 
 import pytest
@@ -13,8 +15,6 @@ from coding_agent_exporter.pipeline import Pipeline
 from support import Clock, drain, exact, settings
 
 if TYPE_CHECKING:
-    from pathlib import Path
-
     from coding_agent_exporter.store import Batch
 
 
@@ -129,3 +129,22 @@ def test_a_message_costs_the_same_in_a_session_of_any_length(desk: Desk, source:
     long = desk.step(own)
     assert long.stored < 2 * short.stored  # between one and two thousand messages are stored together
     assert messages(desk) == 7504
+
+
+def written() -> int:
+    """Bytes that this process has given to the system to write."""
+    lines = Path("/proc/self/io").read_text().splitlines()
+    return next(int(line.split()[1]) for line in lines if line.startswith("wchar"))
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="needs /proc")
+def test_a_commit_writes_little_more_than_it_stores(desk: Desk) -> None:
+    """The pages that it changes, once: no copies in temporary files, for which a read-only system has no place."""
+    own = desk.path("own")
+    desk.write(own, "session", 0, 1500)
+    drain(desk.pipeline)
+    before, stored = written(), 0
+    for number in range(1500, 1510):
+        desk.write(own, "session", number)
+        stored += desk.step(own).stored
+    assert written() - before < 3 * stored

@@ -370,6 +370,7 @@ def _open(path: Path) -> tuple[int, sqlite3.Connection]:
         db.execute("PRAGMA cell_size_check = ON")  # damage is found where it is, not in what follows from it
         db.execute("PRAGMA journal_mode = WAL")
         db.execute("PRAGMA cache_size = -2048")
+        db.execute("PRAGMA temp_store = MEMORY")  # else pages are copied to a file first, where none may be written
         db.execute("PRAGMA wal_autocheckpoint = 1000")
         db.execute("PRAGMA recursive_triggers = ON")  # what REPLACE removes counts in the sums
         migrate(db)
