@@ -20,6 +20,7 @@ from importlib import metadata
 from typing import TYPE_CHECKING
 
 from coding_agent_exporter import families
+from coding_agent_exporter.commits import Commits
 from coding_agent_exporter.counters import Counters
 from coding_agent_exporter.discover import Discovery
 from coding_agent_exporter.errand import within
@@ -33,7 +34,7 @@ from coding_agent_exporter.model import Pressure
 from coding_agent_exporter.outbox import Outbox
 from coding_agent_exporter.pricing import Prices
 from coding_agent_exporter.runs import Runs
-from coding_agent_exporter.schema import StoreError, UnusableError
+from coding_agent_exporter.schema import StoreError
 from coding_agent_exporter.store import Batch, Store
 from coding_agent_exporter.tail import Tail
 
@@ -104,7 +105,7 @@ class Pipeline:
             self._ledger.observe = self._note_message
         self.inputs = Inputs(
             settings.roots, Discovery(settings.roots), Tail(max_line=settings.input_max_line_size),
-            self._ledger, self._runs, store.files(), breathe=lambda: self._read_heartbeats(self._clock()),
+            self._ledger, self._runs, store.files(), breathe=self._breathe,
         )
         self._committed = committed
         # A line can become several spans, which stay in memory until they are committed.
@@ -127,9 +128,8 @@ class Pipeline:
         self._load_instances()
         self._preset()
         self._states: Counter[tuple[str, str, str]] = Counter()
-        self._stats: Counter[CounterKey] = Counter({(families.COMMITS.name, (how,)): 0 for how in ("ok", "failed")})
-        self._pending: Batch | None = None
-        self._failing = False
+        self._stats: Counter[CounterKey] = Counter()
+        self._commits = Commits(store, self._stats, self._stored)
         self._published = published
         self._held: list[CounterKey] = []
         self._unpublished = False
@@ -170,16 +170,17 @@ class Pipeline:
         if changes is not None and not self.inputs.knows(changes):
             changes = None  # what it is, only a look at all tells
         eventful = self._read_heartbeats(now, changes)
-        calm = self.caught_up and self._pending is None and not (scrape or eventful)
+        calm = self.caught_up and not self._commits.pending and not (scrape or eventful)
         if calm and changes is not None and self.inputs.untouched(changes):
             more = False  # a heartbeat like the one before: nothing to read, nothing to commit
-        elif self._settle_pending():
+        elif self._commits.settle():
             more = self.inputs.step(now, changes=changes, budget=self._budget)
             if not more and not self.caught_up:
                 self.caught_up = True
                 log.info("caught up", extra=fields(files=len(self.inputs.found.files)))
             self._commit(now, scrape=scrape, more=more)
-            self._bound_outbox(now)
+            if not self._commits.pending:
+                self._commits.attempt(lambda: self.outbox.bound(now))
         else:
             more = False
             self.inputs.step(now, budget=0)
@@ -235,7 +236,7 @@ class Pipeline:
         with self._lock:
             counters = self._counters
             seen = self._delivered >= self._revision
-            return seen and self._pending is None and counters.pinned and not counters.waiting()
+            return seen and not self._commits.pending and counters.pinned and not counters.waiting()
 
     def stop(self) -> None:
         """The exporter is about to stop: read what is there, and hold nothing back longer than one scrape."""
@@ -263,23 +264,7 @@ class Pipeline:
     @property
     def pending_commit(self) -> bool:
         """Whether the state file could not be written, so that counters stand still."""
-        return self._pending is not None
-
-    def _bound_outbox(self, now: float) -> None:
-        if self._pending is not None:
-            return
-        try:
-            self.outbox.bound(now)
-        except UnusableError:
-            raise
-        except StoreError as error:
-            self._note_failure(error)
-
-    def _note_failure(self, error: StoreError) -> None:
-        if not self._failing:
-            log.error("counters stand still until this works", extra=fields(error=error))
-        self._failing = True
-        self._stats[families.COMMITS.name, ("failed",)] += 1
+        return self._commits.pending
 
     def _note_message(
         self, file: SourceFile, session: str, message: str, event: UsageEvent, following: UsageEvent | None, first: bool
@@ -292,6 +277,10 @@ class Pipeline:
             self._runs.apply_message(file, session, message, event, arrived, first=first)
 
     # -- parts of a step
+
+    def _breathe(self) -> None:
+        """Within a long step too: what they tell is stored at its end."""
+        self._read_heartbeats(self._clock(), None)
 
     def _read_heartbeats(self, now: float, changes: frozenset[str] | None) -> bool:
         """Returns whether they told something that has to be stored."""
@@ -328,36 +317,19 @@ class Pipeline:
             self._new_baseline = None
         if self._instances.dirty:
             meta["instances"] = self._instances.dump()
-        self._pending = Batch(changes, counters, rows, gone, meta, int(now), durable=pinned)
-        if self._settle_pending() and self._unpublished:
+        batch = Batch(changes, counters, rows, gone, meta, int(now), durable=pinned)
+        if self._commits.put(batch) and self._unpublished:
             self._unpublished = not self.caught_up
             self._published = list(self._counters.values(hidden=self.caught_up))
             self._held = self._counters.waiting() if self.caught_up else []
             self._revision += 1
 
-    def _settle_pending(self) -> bool:
-        """Commit what is waiting. While that fails nothing more is read: it would have nowhere to go."""
-        if (batch := self._pending) is None:
-            return True
-        if not batch.empty:
-            try:
-                self._store.commit(batch)
-            except UnusableError:
-                raise
-            except StoreError as error:
-                self._note_failure(error)
-                return False
-            if self._failing:
-                log.info("the state file can be written again")
-            self._failing = False
-            self._stats[families.COMMITS.name, ("ok",)] += 1
-            self._ledger.trim()
-            self._runs.trim()
-            self.outbox.added(batch.changes.spans)
-            if batch.changes.spans:
-                self._committed()
-        self._pending = None
-        return True
+    def _stored(self, batch: Batch) -> None:
+        self._ledger.trim()
+        self._runs.trim()
+        self.outbox.added(batch.changes.spans)
+        if batch.changes.spans:
+            self._committed()
 
     def _snapshot(self) -> Snapshot:
         now = self._clock()
