@@ -167,7 +167,7 @@ def rows(path: Path) -> dict[str, int]:
 
 def expected_spans(soak: Soak, home: Path, scratch: Path) -> tuple[set[str], set[str], int]:
     """Ids of the spans that all files together make: by what they say; with what only silence finishes; and how many
-    of the latter are model calls."""
+    of the latter are model calls that spent something. OpenCode's that have just begun when all ends spend nothing."""
     scratch.mkdir()
     clock = Clock(soak.started)
     flags = (f"--telemetry.dir={home / '.pi/agent/telemetry/instances'}", f"--usage.root=mngr={home / '.mngr'}",
@@ -182,7 +182,9 @@ def expected_spans(soak: Soak, home: Path, scratch: Path) -> tuple[set[str], set
         pipeline.step()
     spans = [span for _, span in pipeline._store.spans(10**9)]
     pipeline.close()
-    return said, {span.span for span in spans}, sum(span.kind == "client" for span in spans)
+    used = ("gen_ai.usage.input_tokens", "gen_ai.usage.output_tokens")
+    calls = sum(span.kind == "client" and any(span.attributes.get(name) for name in used) for span in spans)
+    return said, {span.span for span in spans}, calls
 
 
 WEEK = 7 * 86_400

@@ -94,6 +94,8 @@ def test_a_file_system_that_makes_up_its_inode_numbers_is_read(
 
     def made_up(descriptor: int) -> os.stat_result:
         status = real(descriptor)
+        if status.st_ino not in {path.stat().st_ino for path in tmp_path.rglob("*.jsonl")}:
+            return status  # the state file lies elsewhere
         number[0] += 1
         times = {"st_mtime_ns": status.st_mtime_ns, "st_ctime_ns": status.st_ctime_ns}
         return os.stat_result((status.st_mode, number[0], *tuple(status)[2:10]), times)
