@@ -12,9 +12,12 @@ from typing import TYPE_CHECKING
 import msgspec
 
 from coding_agent_exporter import config
-from coding_agent_exporter.model import PICO, UsageEvent
+from coding_agent_exporter.decode import usage
+from coding_agent_exporter.ledger import Book, Ledger
+from coding_agent_exporter.model import PICO, SourceFile, UsageEvent
 from coding_agent_exporter.pipeline import Pipeline
 from coding_agent_exporter.serve import relax_gc
+from coding_agent_exporter.tail import Tail
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
@@ -82,6 +85,42 @@ def decode_files(root: Path) -> Speed:
     with timer:
         for path in logs(root):
             lines += len(decode(path.read_bytes()))
+    return timer.speed(lines)
+
+
+class _Nowhere:
+    """A storage that has nothing and keeps nothing."""
+
+    def account(self, _: str) -> None:
+        return None
+
+    def archived(self, _: str, __: int | str) -> None:
+        return None
+
+    def has_figures(self, _: int) -> bool:
+        return False
+
+    def quiet(self, _: str, __: int, ___: int) -> list[str]:
+        return []
+
+
+def without_commits(root: Path, *, counting: bool) -> Speed:
+    """What the pipeline does before it commits: read and decode in chunks, and count what was decoded."""
+    tail = Tail()
+    ledger = Ledger(_Nowhere(), lambda *_: None, Book(max_series=10_000, cutoff=0))
+    timer, lines = Timer(), 0
+    relax_gc()
+    with timer:
+        for path in logs(root):
+            agent, source = path.parts[-5], path.parts[-3]
+            file, cursor = SourceFile("usage", "bench", path, f"{agent}/{source}", source, agent), None
+            while (chunk := tail.read(path, cursor, root)) is not None:
+                events, _ = usage.decode(chunk.data)
+                lines += len(events)
+                if counting:
+                    ledger.apply_usage(file, events, replay=False)
+                cursor = chunk.cursor
+            ledger.trim()
     return timer.speed(lines)
 
 

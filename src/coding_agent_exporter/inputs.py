@@ -115,6 +115,7 @@ class Inputs:
         `changes` are the paths that are known to have changed since the last step; None: look at all.
         """
         self._now, self._breathed = now, time.monotonic()
+        going_on = bool(self._rest)
         chosen = self._rest or (None if changes is None else self._choose(changes))
         states = Counter(self._present)
         look = _Look() if chosen is None else self._look(chosen, states)
@@ -154,7 +155,8 @@ class Inputs:
             self.states = dict(states)
         if changes is None:
             self.lag = dict(lag)
-        return bool(self._rest)
+        # What has come meanwhile, beside a rest that has been read, only a look at all tells.
+        return bool(self._rest) or (going_on and chosen is not self._files)
 
     def take_changed(self, now: float) -> tuple[list[FileRow], list[FileRow]]:
         """The rows to store, and those to delete, once."""
@@ -182,9 +184,11 @@ class Inputs:
         return {row.session or _by_name(Path(row.path), row.log) for row in self._registry if row.kind == "sessions"}
 
     def _is_same(self, file: SourceFile, inode: tuple[int, int]) -> bool:
-        """Whether the file is, by its inode, the one that its path's row is about."""
+        """Whether the file is, by its inode, the one that its path has a row about; or that was listed, before."""
         row = self._registry.row_at(str(file.path))
-        return row is not None and row.cursor is not None and (row.cursor.dev, row.cursor.ino) == inode
+        if row is None or row.cursor is None:
+            return self._listed.get(str(file.path)) == inode
+        return (row.cursor.dev, row.cursor.ino) == inode
 
     def _choose(self, changes: frozenset[str]) -> dict[str, SourceFile] | None:
         """The known files among these paths; None when one of them may be a new file."""
