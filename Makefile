@@ -3,7 +3,7 @@
 # make test   the tests; ARGS goes to pytest:    make test ARGS="tests/test_config.py -k env"
 # make lint   ruff, mypy, import-linter, and whether the generated docs and dashboards are up to date
 # make bench  the benchmarks; ARGS="--full" adds one of 5,000,000 events
-# make endurance  the long form of the tests in tests/test_endurance_*.py: takes up to an hour
+# make endurance  the long form of the tests that try to break it: takes an hour; ARGS="-k crash" for one part
 # make docs   write the generated docs and dashboards
 # make pictures  draw docs/images over a simulated week; needs prometheus and promtool, takes minutes
 # make image  build the container image and try it: needs buildah, debootstrap and root, or skips with the reason
@@ -54,7 +54,7 @@ bench: $(VENV)/.package $(VENV)/.dev
 
 # -rP shows what each of them measured.
 endurance: $(VENV)/.package $(VENV)/.dev
-	ENDURANCE=1 $(PY) -m pytest -rP tests/test_endurance_*.py $(ARGS)
+	ENDURANCE=1 $(PY) -m pytest -rP tests/test_endurance_*.py tests/test_security_links.py $(ARGS)
 
 docs: $(VENV)/.package $(VENV)/.dev
 	$(call markdown_of,config) > docs/configuration.md

@@ -8,7 +8,7 @@ import os
 import signal
 import threading
 import time
-from contextlib import nullcontext
+from contextlib import contextmanager, nullcontext
 from typing import TYPE_CHECKING
 
 from coding_agent_exporter.config import ConfigError
@@ -23,9 +23,8 @@ from coding_agent_exporter.web import Server
 from coding_agent_exporter.webapp import App
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Sequence
+    from collections.abc import Callable, Iterator, Sequence
     from contextlib import AbstractContextManager
-    from types import FrameType
 
     from coding_agent_exporter.config import Settings
     from coding_agent_exporter.export import Exporter
@@ -80,40 +79,71 @@ def serve(settings: Settings, *, beside: Beside = _nothing) -> int:
                 stop.set()
                 waker.wake()
 
-            def ask_to_stop(_: int, __: FrameType | None) -> None:
+            def ask_to_stop() -> None:
                 if stop.is_set():
                     hurry.set()
                 end()
 
-            before = {number: signal.signal(number, ask_to_stop) for number in (signal.SIGTERM, signal.SIGINT)}
             app.exporter = exporter
             metrics = _metrics_exporter(settings, pipeline, app)
             pushers = [pusher for pusher in (exporter, metrics) if pusher is not None]
-            server.start()
-            for pusher in pushers:
-                pusher.start()
-            try:
-                log.info("listening", extra=fields(
-                    version=pipeline.version, address=" ".join(_address(*address) for address in server.addresses),
-                    path=settings.web_telemetry_path, state=settings.state_path))
-                with beside(server.addresses, end):
-                    _loop(pipeline, waker, stop)
-                    log.info("stopping", extra=fields(linger=settings.shutdown_linger))
-                    pipeline.stop()
-                _linger(pipeline, settings.shutdown_linger, hurry)
-            finally:
-                deadline = time.monotonic() + settings.otlp_flush_timeout
+            with _signals(ask_to_stop):
+                server.start()
                 for pusher in pushers:
-                    pusher.stop(max(0.1, deadline - time.monotonic()))
-                server.stop()
-                for number, handler in before.items():
-                    signal.signal(number, handler)
+                    pusher.start()
+                try:
+                    log.info("listening", extra=fields(
+                        version=pipeline.version, address=" ".join(_address(*address) for address in server.addresses),
+                        path=settings.web_telemetry_path, state=settings.state_path))
+                    with beside(server.addresses, end):
+                        _loop(pipeline, waker, stop)
+                        log.info("stopping", extra=fields(linger=settings.shutdown_linger))
+                        pipeline.stop()
+                    _linger(pipeline, settings.shutdown_linger, hurry)
+                finally:
+                    deadline = time.monotonic() + settings.otlp_flush_timeout
+                    for pusher in pushers:
+                        pusher.stop(max(0.1, deadline - time.monotonic()))
+                    server.stop()
         finally:
             waker.close()
     finally:
         pipeline.close()
     log.info("stopped")
     return 0
+
+
+@contextmanager
+def _signals(ask: Callable[[], None]) -> Iterator[None]:
+    """Call `ask` for each SIGTERM and SIGINT, in a thread of its own.
+
+    A handler runs in the main thread, between any two of its instructions: also where that holds the very lock that
+    the handler needs to wake it, and then neither would go on.
+    """
+    numbers, done = (signal.SIGTERM, signal.SIGINT), False
+
+    def listen() -> None:
+        while True:
+            signal.sigwait(numbers)
+            if done:
+                return
+            ask()
+
+    # For threads that were there before, in which these are not blocked.
+    handlers = {number: signal.signal(number, lambda *_: ask()) for number in numbers}
+    mask = signal.pthread_sigmask(signal.SIG_BLOCK, numbers)
+    listener = threading.Thread(target=listen, name="signals", daemon=True)
+    listener.start()
+    try:
+        yield
+    finally:
+        done = True
+        assert listener.ident is not None, "it was started"
+        signal.pthread_kill(listener.ident, signal.SIGTERM)
+        listener.join()
+        signal.pthread_sigmask(signal.SIG_SETMASK, mask)
+        for number, handler in handlers.items():
+            signal.signal(number, handler)
 
 
 def _wants_spans(settings: Settings) -> bool:
