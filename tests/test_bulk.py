@@ -111,6 +111,7 @@ class World:
         self.model: str | None = "p/a"
         self.mode: str | None = "API_KEY"
         self.written: list[UsageEvent] = []
+        self.finished: list[UsageEvent] = []
 
     def events(self) -> list[UsageEvent]:
         chance = self.chance
@@ -125,7 +126,8 @@ class World:
     def _next(self) -> list[UsageEvent]:
         chance = self.chance
         # Mostly seconds apart, sometimes in the same second, millisecond or microsecond.
-        self.now += timedelta(microseconds=chance.choice([0, 499, 500, 1_999, 2_000, 300_000, 1_000_000, 7_654_321]))
+        self.now += timedelta(microseconds=chance.choice([
+            0, 400, 499, 500, 1_999, 2_000, 300_000, 999_600, 1_000_000, 7_654_321]))
         if chance.random() < 0.02:
             self.now += timedelta(hours=chance.choice([-3, 5, 30]))
         if chance.random() < 0.1:
@@ -143,9 +145,15 @@ class World:
     def _opencode(self) -> list[UsageEvent]:
         chance = self.chance
         session = chance.choice(["one", "two", "three"])
+        if self.finished and chance.random() < 0.3:
+            # A fork copies what its parent has finished, while that goes on.
+            copied = chance.choice(self.finished)
+            return [self._event(chance.choice(["fork", "other fork"]), message_id=f"f{self.serial}",
+                                cost=copied.cost, tokens=copied.tokens, model=copied.model)]
         message = f"m{self.serial}" if chance.random() < 0.8 else f"m{chance.randrange(1, self.serial + 1)}"
         last = self._event(session, message_id=message)
         zeros = self._event(session, message_id=message, cost=Cost(0.0), tokens=Tokens(0, 0, 0, 0))
+        self.finished.append(last)
         later = UsageEvent(**{**{name: getattr(last, name) for name in UsageEvent.__struct_fields__},
                               "timestamp": last.timestamp + timedelta(seconds=chance.choice([0, 1, 9]))})
         return chance.choice([[zeros, last, later], [zeros, last, later], [last], [zeros], [last, zeros]])
@@ -234,6 +242,43 @@ def test_what_a_session_puts_away_it_knows_all_the_same(source: str, seed: int, 
     assert memory.archive
     assert all(accounts_module._decoder.decode(saved.blob).size() <= 7 + 20_000 * key.startswith("orphans")
                for key, saved in memory.saved.items())
+
+
+def test_a_fork_that_is_copied_while_its_parent_goes_on_is_known_by_what_came_before() -> None:
+    """Although the fork was seen first of what is counted together, and its parent's events wait for one another."""
+    ledgers = Ledgers(0)
+    file = SourceFile("usage", "r", Path("x"), "a/opencode", "opencode", "a")
+
+    def event(session: str, message: str, second: int, usd: float) -> UsageEvent:
+        count = round(usd * 100)
+        return UsageEvent(
+            timestamp=START + timedelta(seconds=second), session_id=session, message_id=message, cost=Cost(usd),
+            tokens=Tokens(count, count, 0, 0), model="p/a", cost_mode="API_KEY")
+
+    for events in (
+        [event("parent", "a1", 1, 0), event("parent", "a1", 2, 0.5)],
+        [event("fork", "f1", 5, 0.5), event("parent", "a2", 6, 0), event("parent", "a2", 7, 1),
+         event("fork", "f2", 8, 1)],
+    ):
+        ledgers.each(lambda ledger: ledger.apply_usage(file, list(events), replay=False))  # noqa: B023  called at once
+        ledgers.commit(START.timestamp())
+    assert ledgers.pair[0][0].rejected["r", "usage", "copied"] == 2
+
+
+def test_the_end_of_a_second_is_the_first_millisecond_of_the_next() -> None:
+    """What began then is one message by its identity, told of twice."""
+    ledgers = Ledgers(0)
+    file = SourceFile("usage", "r", Path("x"), "a/pi-coding", "pi-coding", "a")
+    told = [
+        UsageEvent(
+            timestamp=START + timedelta(microseconds=at), session_id=f"x_{UUIDS[0]}", event_id="e", cost=Cost(0.5),
+            tokens=Tokens(1, 2, 3, 4), model="p/a", cost_mode="API_KEY")
+        for at in (999_600, 1_000_000)
+    ]
+    ledgers.each(lambda ledger: ledger.apply_usage(file, told, replay=False))
+    ledgers.commit(START.timestamp())
+    assert [len(memory) for memory in ledgers.remembered()] == [1, 1]
+    assert ledgers.remembered()[0] == ledgers.remembered()[1]
 
 
 def test_most_events_of_a_usual_log_are_counted_in_runs(monkeypatch: pytest.MonkeyPatch) -> None:

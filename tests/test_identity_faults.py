@@ -10,9 +10,10 @@ from typing import TYPE_CHECKING, Any
 import pytest
 
 from coding_agent_exporter.discover import Discovery
+from coding_agent_exporter.model import PICO
 from coding_agent_exporter.tail import Tail
-from support import Clock
-from test_identity import World, event, tokens
+from support import Clock, exact
+from test_identity import COST, Failing, World, event, tokens
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
@@ -176,3 +177,21 @@ def test_a_machine_whose_clock_was_ahead_is_counted_once(world: World) -> None:
     world.write("claude", reading(24 * HOUR, 1), reading(24 * HOUR + 1, 2), reading(-10, 5), reading(-9, 7))
     world.write("codex", codex(-10, 50))
     assert (world.counted(), world.counted(TOKENS)) == (7, 50)
+
+
+def test_a_commit_that_fails_within_the_first_backlog_does_not_end_it(tmp_path: Path) -> None:
+    """Told of one log afterwards, it still reads the others first: until then nobody knows what is old."""
+    world = World(tmp_path)
+    for agent in ("a1", "a2"):
+        world.write("pi-coding", *(event(second, 1, event_id=f"e{second}") for second in range(3000)), agent=agent)
+    world.pipeline._budget = 20_000
+    assert world.pipeline.step()
+    failing = Failing(world.pipeline._store, 2)
+    while failing.left:
+        world.pipeline.step()
+    told = frozenset({str(world.log("pi-coding", "a1"))})
+    while world.pipeline.step(changes=told):
+        assert not world.pipeline.caught_up
+    assert world.pipeline.caught_up
+    assert sum(amount for (name, _), amount in exact(world.pipeline).items() if name == COST) == 6000 * PICO
+    world.pipeline.close()

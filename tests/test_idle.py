@@ -172,3 +172,18 @@ def test_a_peak_of_250_ms_outlasts_the_time_between_two_looks() -> None:
     """The longest that nothing is read while files change, by design: with a quarter of the peak's time to spare."""
     noticed = STEP_MS * (1 + -(-DEBOUNCE_MS // STEP_MS))  # the notifier's ticks: one sees it, and no burst lasts longer
     assert MIN_INTERVAL * 1000 + noticed <= 0.75 * 250
+
+
+def test_logs_below_a_telemetry_directory_are_read_when_they_are_told_of(tmp_path: Path) -> None:
+    """They are no heartbeats, wherever they lie."""
+    desk = Desk(tmp_path)
+    desk.pipeline.close()
+    desk.log = desk.telemetry / "logs" / "agents" / "a" / "events" / "pi-coding" / "usage" / "events.jsonl"
+    desk.flags = (f"--telemetry.dir=pi={desk.telemetry}", f"--usage.root=logs={desk.telemetry / 'logs'}")
+    desk.log.parent.mkdir(parents=True)
+    desk.log.touch()
+    desk.start()
+    desk.write()
+    desk.told(desk.log)
+    assert sum(exact(desk.pipeline).values()) > 0
+    desk.pipeline.close()

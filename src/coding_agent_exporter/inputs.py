@@ -148,6 +148,8 @@ class Inputs:
                 lag[file.root, file.kind] += row.size - offset
                 if budget <= 0 and not only_look:
                     self._rest[str(file.path)] = file
+        if only_look and going_on:
+            self._rest = chosen  # nothing of it has been read
         self._waits = hold
         if hold:
             self._rest = self._files
@@ -173,11 +175,15 @@ class Inputs:
 
     def knows(self, changes: frozenset[str]) -> bool:
         """Whether each of these paths is a log that was found before, or lies in a telemetry directory."""
-        return all(path in self._files or path.startswith(self._telemetry) for path in changes)
+        return all(path in self._files or self._is_heartbeat(path) for path in changes)
 
     def untouched(self, changes: frozenset[str]) -> bool:
         """Whether no log is among these paths, and nothing is left to read: a step would find nothing."""
-        return not self._rest and all(path.startswith(self._telemetry) for path in changes)
+        return not self._rest and all(self._is_heartbeat(path) for path in changes)
+
+    def _is_heartbeat(self, path: str) -> bool:
+        # Logs may lie below a telemetry directory.
+        return path not in self._files and path[: path.rfind(os.sep) + 1] in self._telemetry
 
     def _named(self) -> set[str]:
         """The sessions of all session files."""

@@ -143,7 +143,7 @@ def _signals(ask: Callable[[], None]) -> Iterator[None]:
         listener.join()
         signal.pthread_sigmask(signal.SIG_SETMASK, mask)
         for number, handler in handlers.items():
-            signal.signal(number, handler)
+            signal.signal(number, signal.SIG_DFL if handler is None else handler)
 
 
 def _wants_spans(settings: Settings) -> bool:

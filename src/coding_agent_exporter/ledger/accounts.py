@@ -286,8 +286,12 @@ class Ledger:
                 if key not in together:
                     together[key] = found, []
             found, waiting = together[key]
-            waiting += run
-            if not found.alone:
+            if found.alone:
+                waiting += run
+            else:
+                # What the others wait with came before: it may hold what these are copies of.
+                self._apply_together(together, file, agent)
+                waiting += run
                 self._apply_together(together, file, agent)
         self._apply_together(together, file, agent)
 

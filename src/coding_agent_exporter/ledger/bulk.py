@@ -22,7 +22,7 @@ from coding_agent_exporter.ledger.book import (
     Book,
 )
 from coding_agent_exporter.ledger.incremental import Record, Session, SessionRules
-from coding_agent_exporter.ledger.times import EPOCH, FOREVER, moment, seconds
+from coding_agent_exporter.ledger.times import EPOCH, FOREVER, milliseconds, moment, seconds
 from coding_agent_exporter.model import PICO
 
 if TYPE_CHECKING:
@@ -49,7 +49,7 @@ class Bulk:
         self._rules = rules
 
     def calls(
-        self, _: str, session: Session, file: SourceFile, events: list[UsageEvent], place: int, agent: str
+        self, key: str, session: Session, file: SourceFile, events: list[UsageEvent], place: int, agent: str
     ) -> int:
         """Messages that are named by the start of their call, each later than all that is known of its session.
 
@@ -61,6 +61,9 @@ class Bulk:
         if number is None:
             return place
         began = seconds(first.timestamp)
+        # The end of a second is the next one's first millisecond.
+        if not recent and self._rules.known(key, session, milliseconds(first.timestamp)) is not None:
+            return place
         # Of what is known to the second nobody knows how late in that second it was.
         latest = recent[-1][0] if recent else moment(max(session.last, session.floor) + 1) - APART
         before = self._until(began)
