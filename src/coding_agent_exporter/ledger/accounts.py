@@ -267,8 +267,8 @@ class Ledger:
     # -- usage logs of sessions that are the sum of their messages
 
     def _apply_messages(self, file: SourceFile, events: list[UsageEvent], agent: str) -> None:
+        opened: dict[str, _Opened] = {}
         if self.observe is not None or not self.book.bulk:
-            opened: dict[str, _Opened] = {}
             for event, following in zip(events, _followers(events), strict=True):
                 found = opened.get(event.session_id)
                 if found is None:
@@ -277,41 +277,41 @@ class Ledger:
             return
         # What only its own session has a say in may wait until all of the session's events are together.
         together: dict[str, tuple[_Opened, list[UsageEvent]]] = {}
-        keys: dict[str, str] = {}
         for name, run in groupby(events, _session):
-            key = keys.get(name)
-            if key is None:
-                found = self._open(file, name)
-                key = keys[name] = found.key
-                if key not in together:
-                    together[key] = found, []
-            found, waiting = together[key]
+            found = opened.get(name)
+            if found is None:
+                found = opened[name] = self._open(file, name)
             if found.alone:
-                waiting += run
+                if found.key not in together:  # two names can have one account
+                    together[found.key] = found, []
+                together[found.key][1].extend(run)
             else:
                 # What the others wait with came before: it may hold what these are copies of.
                 self._apply_together(together, file, agent)
-                waiting += run
-                self._apply_together(together, file, agent)
+                self._apply_run(found, list(run), file, agent)
         self._apply_together(together, file, agent)
 
     def _apply_together(
         self, together: dict[str, tuple[_Opened, list[UsageEvent]]], file: SourceFile, agent: str
     ) -> None:
         for found, events in together.values():
-            place, of = 0, len(events)
-            while place < of:
-                end = place
-                if found.alone:
-                    count = self._bulk.messages if found.orphans is None else self._bulk.calls
-                    end = count(found.key, found.session, file, events, place, agent)
-                if end > place:
-                    self._dirty.add(found.key)
-                    place = end
-                else:
-                    self._apply_message(found, file, events[place], agent, None)
-                    place += 1
-            events.clear()
+            self._apply_run(found, events, file, agent)
+        together.clear()
+
+    def _apply_run(self, found: _Opened, events: list[UsageEvent], file: SourceFile, agent: str) -> None:
+        """Events of one session: as many at once as are usual."""
+        place = 0
+        while place < len(events):
+            end = place
+            if found.alone:
+                count = self._bulk.messages if found.orphans is None else self._bulk.calls
+                end = count(found.key, found.session, file, events, place, agent)
+            if end > place:
+                self._dirty.add(found.key)
+                place = end
+            else:
+                self._apply_message(found, file, events[place], agent, None)
+                place += 1
 
     def _apply_message(
         self, found: _Opened, file: SourceFile, event: UsageEvent, agent: str, following: UsageEvent | None
