@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -33,6 +34,12 @@ def twice(pipeline: Pipeline) -> Samples:
     return scrape(pipeline)
 
 
+def rotate(log: ClaudeLog) -> None:
+    """The writer goes on in a new file."""
+    log.rotate()
+    log.spend("sonnet", 4 * 10**12)
+
+
 def once(before: Callable[..., Any], act: Callable[[], object], wanted: Callable[..., bool]) -> Callable[..., Any]:
     """A function that acts before the first call that is `wanted`."""
     done = False
@@ -54,12 +61,8 @@ def test_a_log_that_is_rotated_between_a_look_and_the_read(
     """What it grew by since it was read last comes before what the new file under its name says."""
     log, pipeline = started(tmp_path, rotated=rotated)
 
-    def rotate() -> None:
-        log.rotate()
-        log.spend("sonnet", 4 * 10**12)
-
     tail = pipeline.inputs._tail
-    monkeypatch.setattr(tail, "read", once(tail.read, rotate, lambda path, *_: path == log.path))
+    monkeypatch.setattr(tail, "read", once(tail.read, partial(rotate, log), lambda path, *_: path == log.path))
     assert log.truth.differences(twice(pipeline)) == []
     pipeline.close()
 
@@ -71,11 +74,7 @@ def test_a_log_that_is_rotated_while_it_is_looked_at(
     """Its older part was looked at before, it itself is another file by now."""
     log, pipeline = started(tmp_path, rotated=rotated)
 
-    def rotate() -> None:
-        log.rotate()
-        log.spend("sonnet", 4 * 10**12)
-
-    monkeypatch.setattr(os, "stat", once(os.stat, rotate, lambda path, *_: path == str(log.path)))
+    monkeypatch.setattr(os, "stat", once(os.stat, partial(rotate, log), lambda path, *_: path == str(log.path)))
     assert log.truth.differences(twice(pipeline)) == []
     pipeline.close()
 

@@ -78,7 +78,7 @@ class InstanceDir:
         self.root = root
         self._max_bytes = max_bytes
         self._max_files = max_files
-        self._prefix = os.path.abspath(root.path) + os.sep  # noqa: PTH100  as the waker names it, links and all
+        self._prefix = root.prefix
         self._known: dict[str, _Known] = {}
         self._complaint = ""
         self._ignored = 0

@@ -53,6 +53,8 @@ class Inotify:
         self._poll = select.poll()
         self._poll.register(self._queue, select.POLLIN)
         self._poll.register(self._wake, select.POLLIN)
+        self._burst = select.poll()
+        self._burst.register(self._wake, select.POLLIN)
         self._numbers: dict[Path, int] = {}  # those with the latest change last
         self._paths: dict[int, Path] = {}
         self._uses: Counter[int] = Counter()
@@ -101,9 +103,7 @@ class Inotify:
             ready = dict(self._poll.poll(max(0, timeout) * 1000))
             if not ready or self._wake in ready:
                 return frozenset()
-            burst = select.poll()
-            burst.register(self._wake, select.POLLIN)
-            burst.poll(BURST_SECONDS * 1000)
+            self._burst.poll(BURST_SECONDS * 1000)
             return self._drain()
 
     def check(self) -> None:
@@ -208,7 +208,6 @@ class Inotify:
         del self._uses[number], self._paths[number]
         if kept:
             self._libc.inotify_rm_watch(self._queue, number)
-
 
     def _forget_below(self, prefix: str) -> None:
         """A directory came or went: no watch below it says so itself."""

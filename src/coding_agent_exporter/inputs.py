@@ -78,9 +78,7 @@ class Inputs:
         self.lag: dict[tuple[str, str], int] = {}
         self.found = Found(files=[], watch=frozenset(), unreadable=[], missing=[])
         self._roots = {(root.kind, root.alias): root.path for root in roots}
-        self._telemetry = tuple(
-            os.path.abspath(root.path) + os.sep  # noqa: PTH100  as the waker names it, links and all
-            for root in roots if root.kind == "telemetry")
+        self._telemetry = frozenset(root.prefix for root in roots if root.kind == "telemetry")
         self._discovery = discovery
         discovery.breathe = self._pause
         self._breathe = breathe

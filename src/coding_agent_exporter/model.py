@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from dataclasses import dataclass, field
 from datetime import datetime
 from enum import StrEnum
@@ -27,6 +28,11 @@ class Root:
     kind: RootKind
     alias: str
     path: Path
+
+    @property
+    def prefix(self) -> str:
+        """How the paths in it begin, as the waker names them: links and all."""
+        return os.path.abspath(self.path) + os.sep  # noqa: PTH100  a Path would resolve more, or less
 
 
 @dataclass(frozen=True, slots=True)

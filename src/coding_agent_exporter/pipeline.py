@@ -123,14 +123,13 @@ class Pipeline:
         self._counters = Counters(hold=settings.counters_zero_hold)
         self._counters.load(store.counters())
         # Where nothing can be committed, a scrape shows what was committed before.
-        published = list(self._counters.values(hidden=False))
+        self._published = list(self._counters.values(hidden=False))
         self._runs.restore(key for key, _ in self._counters.values())
         self._load_instances()
         self._preset()
         self._states: Counter[tuple[str, str, str]] = Counter()
         self._stats: Counter[CounterKey] = Counter()
         self._commits = Commits(store, self._stats, self._stored)
-        self._published = published
         self._held: list[CounterKey] = []
         self._unpublished = False
         self._revision = 0

@@ -22,6 +22,9 @@ Labels = tuple[str, ...]
 Estimate = Callable[[str, str, tuple[int, int, int, int], datetime], int | None]
 """Provider, model, (input, output, cache_read, cache_creation) tokens and their time -> pico-USD, None if unknown."""
 
+RUN = 64
+"""So many events at the most are entered as one."""
+
 MAX_LABEL = 200
 
 OTHERS = 100

@@ -18,6 +18,7 @@ from coding_agent_exporter.ledger.book import (
     MESSAGES,
     OUTPUT,
     REPORTED,
+    RUN,
     SESSIONS,
     Book,
 )
@@ -36,9 +37,6 @@ APART = timedelta(milliseconds=2)
 NOTHING = (0, 0, 0, 0, 0)
 
 _SLOTS = (MESSAGES, REPORTED, INPUT, OUTPUT, CACHE_READ, CACHE_CREATION)
-
-RUN = 64
-"""So many events are looked at in one go."""
 
 
 class Bulk:

@@ -18,6 +18,7 @@ from coding_agent_exporter.ledger.book import (
     INPUT,
     OUTPUT,
     REPORTED,
+    RUN,
     SESSIONS,
     UNPRICED,
     Book,
@@ -29,9 +30,6 @@ if TYPE_CHECKING:
     from datetime import datetime
 
     from coding_agent_exporter.ledger.book import Estimate
-
-RUN = 64
-"""So many events are looked at in one go."""
 
 MAX_READINGS = 4096
 MAX_RECENT = 4096
